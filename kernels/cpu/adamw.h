@@ -39,15 +39,38 @@ inline const Scalars<double>& scalars_of(const Numbers& n, double) { return n.f6
 #define GRADDROP_PREFETCH(address) (void)(address)
 #endif
 
-// A quarter of a tile, line by line.
-template <class T>
-inline void prefetch_quarter(const void* tile, int quarter) {
-  const char* first = static_cast<const char*>(tile) + quarter * 32 * static_cast<int>(sizeof(T));
-  for (int b = 0; b < 32 * static_cast<int>(sizeof(T)); b += 64) GRADDROP_PREFETCH(first + b);
+#if defined(__clang__)
+#define GRADDROP_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define GRADDROP_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define GRADDROP_INDEPENDENT
+#endif
+
+// COUNT elements of a tile, line by line.
+template <class T, int COUNT>
+GRADDROP_INLINE void prefetch(const void* tile, int first) {
+  const char* from = static_cast<const char*>(tile) + first * static_cast<int>(sizeof(T));
+  for (int b = 0; b < COUNT * static_cast<int>(sizeof(T)); b += 64) GRADDROP_PREFETCH(from + b);
 }
 
-// V does the arithmetic, Vec draws.
-template <class Vec, class V, class Real, class Param, class Grad, class State, Select SELECT, bool AMSGRAD>
+// A batch of counters, its pieces spread evenly between GROUPS updates.
+template <int FIRST, class Draw, int... PIECE>
+GRADDROP_INLINE void draw_pieces_from(Draw& draw, int counter, std::integer_sequence<int, PIECE...>) {
+  (draw.template piece<FIRST + PIECE>(counter), ...);
+}
+template <int WIDTH, class Draw, class Update, int... GROUP>
+GRADDROP_INLINE void interleave(Draw& draw, int first, const Update& update, std::integer_sequence<int, GROUP...>) {
+  constexpr int GROUPS = sizeof...(GROUP);
+  ((draw_pieces_from<GROUP * Draw::PIECES / GROUPS>(
+        draw, first / 4,
+        std::make_integer_sequence<int, (GROUP + 1) * Draw::PIECES / GROUPS - GROUP * Draw::PIECES / GROUPS>{}),
+    update(first + GROUP * WIDTH)),
+   ...);
+}
+
+// V does the arithmetic, Draw draws.
+template <class Draw, class V, class Real, class Param, class Grad, class State, Select SELECT, bool AMSGRAD>
 void adamw_tile(const Tile& tile, const Tile& ahead, const uint32_t words[4], const Numbers& numbers,
                 const Drawing& drawing) {
   using F = typename V::Floats;
@@ -60,7 +83,7 @@ void adamw_tile(const Tile& tile, const Tile& ahead, const uint32_t words[4], co
   auto *exp_avg = static_cast<State*>(tile.m), *exp_avg_sq = static_cast<State*>(tile.v);
   auto* max_exp_avg_sq = static_cast<State*>(tile.vmax);
 
-  const auto update = [&](int i) {
+  const auto update = [&](int i) __attribute__((always_inline)) {
     typename V::Kept kept{};
     if (SELECT != Select::ALL) kept = V::kept(words[i / 32], i % 32);
     const F p = V::load(param + i), m = V::load(exp_avg + i), v = V::load(exp_avg_sq + i);
@@ -84,27 +107,34 @@ void adamw_tile(const Tile& tile, const Tile& ahead, const uint32_t words[4], co
     V::store(exp_avg_sq + i, SELECT_STATE ? V::select(kept, new_v, v) : new_v);
     if (AMSGRAD) V::store(max_exp_avg_sq + i, SELECT_STATE ? V::select(kept, vmax, old_vmax) : vmax);
   };
-  const auto fetch = [&](int quarter) {
+  constexpr int BATCH = 4 * Draw::COUNTERS;  // elements that one batch of counters decides
+  const auto fetch = [&](int first) {
     if (ahead.p == nullptr) return;
-    prefetch_quarter<Param>(ahead.p, quarter);
-    prefetch_quarter<Grad>(ahead.g, quarter);
-    prefetch_quarter<State>(ahead.m, quarter);
-    prefetch_quarter<State>(ahead.v, quarter);
-    if (AMSGRAD) prefetch_quarter<State>(ahead.vmax, quarter);
+    prefetch<Param, BATCH>(ahead.p, first);
+    prefetch<Grad, BATCH>(ahead.g, first);
+    prefetch<State, BATCH>(ahead.m, first);
+    prefetch<State, BATCH>(ahead.v, first);
+    if (AMSGRAD) prefetch<State, BATCH>(ahead.vmax, first);
   };
 
   if (drawing.stream == nullptr) {
-    for (int quarter = 0; quarter < 4; ++quarter) {
-      fetch(quarter);
-      for (int i = 32 * quarter; i < 32 * quarter + 32; i += V::WIDTH) update(i);
+    for (int first = 0; first < TILE; first += BATCH) {
+      fetch(first);
+      GRADDROP_INDEPENDENT
+      for (int i = first; i < first + BATCH; i += V::WIDTH) update(i);
     }
     return;
   }
-  TileDraw<Vec> draw(*drawing.stream, drawing.tile, drawing.words);
-  for (int quarter = 0; quarter < 4; ++quarter) {
-    fetch(quarter);
-    draw.part(quarter);
-    for (int i = 32 * quarter; i < 32 * quarter + 32; i += V::WIDTH) update(i);
+  Draw draw(*drawing.stream, drawing.tile, drawing.words);
+  for (int first = 0; first < TILE; first += BATCH) {
+    fetch(first);
+    if constexpr (V::WIDTH > 1) {
+      interleave<V::WIDTH>(draw, first, update, std::make_integer_sequence<int, BATCH / V::WIDTH>{});
+    } else {
+      draw_pieces(draw, first / 4, std::make_integer_sequence<int, Draw::PIECES>{});
+      GRADDROP_INDEPENDENT
+      for (int i = first; i < first + BATCH; i += V::WIDTH) update(i);
+    }
   }
 }
 
@@ -133,45 +163,45 @@ void stream_tile(const Tile& tile, float zero) {
 
 // From run-time types to an instantiation
 
-template <class Vec, class V, class Real, class Param, class Grad, class State>
+template <class Draw, class V, class Real, class Param, class Grad, class State>
 AdamwTile pick_select(Select select, bool amsgrad) {
   switch (select) {
     case Select::ALL:
-      return amsgrad ? adamw_tile<Vec, V, Real, Param, Grad, State, Select::ALL, true>
-                     : adamw_tile<Vec, V, Real, Param, Grad, State, Select::ALL, false>;
+      return amsgrad ? adamw_tile<Draw, V, Real, Param, Grad, State, Select::ALL, true>
+                     : adamw_tile<Draw, V, Real, Param, Grad, State, Select::ALL, false>;
     case Select::GRADIENT:
-      return amsgrad ? adamw_tile<Vec, V, Real, Param, Grad, State, Select::GRADIENT, true>
-                     : adamw_tile<Vec, V, Real, Param, Grad, State, Select::GRADIENT, false>;
+      return amsgrad ? adamw_tile<Draw, V, Real, Param, Grad, State, Select::GRADIENT, true>
+                     : adamw_tile<Draw, V, Real, Param, Grad, State, Select::GRADIENT, false>;
     case Select::FREEZE:
-      return amsgrad ? adamw_tile<Vec, V, Real, Param, Grad, State, Select::FREEZE, true>
-                     : adamw_tile<Vec, V, Real, Param, Grad, State, Select::FREEZE, false>;
+      return amsgrad ? adamw_tile<Draw, V, Real, Param, Grad, State, Select::FREEZE, true>
+                     : adamw_tile<Draw, V, Real, Param, Grad, State, Select::FREEZE, false>;
     default:
-      return amsgrad ? adamw_tile<Vec, V, Real, Param, Grad, State, Select::UPDATE, true>
-                     : adamw_tile<Vec, V, Real, Param, Grad, State, Select::UPDATE, false>;
+      return amsgrad ? adamw_tile<Draw, V, Real, Param, Grad, State, Select::UPDATE, true>
+                     : adamw_tile<Draw, V, Real, Param, Grad, State, Select::UPDATE, false>;
   }
 }
 
-template <class V, class Param>
+template <class Draw, class V, class Param>
 AdamwTile pick_grad_state(bool native_grad, Dtype state, Select select, bool amsgrad) {
   if (state == Dtype::FLOAT32) {
-    return native_grad ? pick_select<V, V, float, Param, Param, float>(select, amsgrad)
-                       : pick_select<V, V, float, Param, float, float>(select, amsgrad);
+    return native_grad ? pick_select<Draw, V, float, Param, Param, float>(select, amsgrad)
+                       : pick_select<Draw, V, float, Param, float, float>(select, amsgrad);
   }
-  return native_grad ? pick_select<V, V, float, Param, Param, bfloat16>(select, amsgrad)
-                     : pick_select<V, V, float, Param, float, bfloat16>(select, amsgrad);
+  return native_grad ? pick_select<Draw, V, float, Param, Param, bfloat16>(select, amsgrad)
+                     : pick_select<Draw, V, float, Param, float, bfloat16>(select, amsgrad);
 }
 
-template <class V>
+template <class Draw, class V>
 AdamwTile pick_adamw(Dtype param, Dtype grad, Dtype state, Select select, bool amsgrad) {
   switch (param) {
     case Dtype::FLOAT32:
-      return pick_grad_state<V, float>(true, state, select, amsgrad);
+      return pick_grad_state<Draw, V, float>(true, state, select, amsgrad);
     case Dtype::BFLOAT16:
-      return pick_grad_state<V, bfloat16>(grad == param, state, select, amsgrad);
+      return pick_grad_state<Draw, V, bfloat16>(grad == param, state, select, amsgrad);
     case Dtype::FLOAT16:
-      return pick_grad_state<V, float16>(grad == param, state, select, amsgrad);
+      return pick_grad_state<Draw, V, float16>(grad == param, state, select, amsgrad);
     default:
-      return pick_select<V, Double, double, double, double, double>(select, amsgrad);
+      return pick_select<Draw, Double, double, double, double, double>(select, amsgrad);
   }
 }
 
@@ -187,6 +217,11 @@ MaskTile pick_mask(Dtype grad) {
     default:
       return mask_tile<Double, double, double>;
   }
+}
+
+template <class Draw, class V>
+constexpr Level level_of(const char* name) {
+  return {name, draw_tile<Draw>, pick_adamw<Draw, V>, pick_mask<V>, stream_tile<V>};
 }
 
 }  // namespace
