@@ -27,12 +27,12 @@ class TileDraw {
   // Only counter word 0 differs between the lanes, so one of the two products is a scalar in rounds 0 and 1.
   GRADDROP_INLINE TileDraw(const Stream& s, uint64_t tile, uint32_t words[4]) : s_(s), words_(words), index_(tile * 32) {
     const uint64_t product2 = uint64_t{MULTIPLIER1} * s.draw;
-    const uint32_t word0 = high(product2) ^ high(index_) ^ s.key0[0];  // after round 0; word 1 is low(product2)
+    const uint32_t word0 = high(product2) ^ high(index_) ^ s.key0[0][0];  // after round 0; word 1 is low(product2)
     const uint64_t product0 = uint64_t{MULTIPLIER0} * word0;           // round 1
-    round0_word2_ = s.stream ^ s.key1[0];
-    round1_word0_ = low(product2) ^ s.key0[1];
-    round1_word2_ = high(product0) ^ s.key1[1];
-    round2_word2_ = low(product0) ^ s.key1[2];
+    round0_word2_ = s.stream ^ s.key1[0][0];
+    round1_word0_ = low(product2) ^ s.key0[1][0];
+    round1_word2_ = high(product0) ^ s.key1[1][0];
+    round2_word2_ = low(product0) ^ s.key1[2][0];
     words[0] = words[1] = words[2] = words[3] = 0;
   }
 
@@ -60,7 +60,7 @@ class TileDraw {
     x[0] = Words::exclusive_or(Words::high_half(round1), Words::set(&round1_word0_));
     x[2] = Words::exclusive_or(round0, Words::set(&round1_word2_));
     const W round2_0 = Words::multiply(x[0], multiplier0), round2_2 = Words::multiply(x[2], multiplier1);
-    x[0] = Words::exclusive_or(Words::high_half(round2_2), round1, Words::set(&s_.key0[2]));
+    x[0] = Words::exclusive_or(Words::high_half(round2_2), round1, Words::key(s_.key0[2]));
     x[1] = round2_2;
     x[2] = Words::exclusive_or(Words::high_half(round2_0), Words::set(&round2_word2_));
     x[3] = round2_0;
@@ -68,7 +68,7 @@ class TileDraw {
 
   GRADDROP_INLINE void round(int r) {
     const W multiplier0 = Words::set(&MULTIPLIER0), multiplier1 = Words::set(&MULTIPLIER1);
-    const W key0 = Words::set(&s_.key0[r]), key1 = Words::set(&s_.key1[r]);
+    const W key0 = Words::key(s_.key0[r]), key1 = Words::key(s_.key1[r]);
     const auto half = [&](W x[4]) {
       const W product0 = Words::multiply(x[0], multiplier0), product2 = Words::multiply(x[2], multiplier1);
       x[0] = Words::exclusive_or(Words::high_half(product2), x[1], key0);

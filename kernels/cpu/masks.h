@@ -128,6 +128,12 @@ class MaskWords {
     return last_kept_;
   }
 
+  // The first global index behind the block of this one.
+  int64_t block_end(int64_t element) const {
+    const auto block = static_cast<int64_t>(block_);
+    return (element / block + 1) * block;
+  }
+
   // Standard normals (Box-Muller) of one element.
   double gaussian(uint64_t element) {
     const int word = element_word(element);

@@ -21,12 +21,15 @@ struct Floats8 {
   static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
   static Floats sqrt(Floats a) { return _mm256_sqrt_ps(a); }
 
-  // bits [shift, shift + WIDTH) of a mask word
-  static Kept kept(uint32_t word, int shift) {
-    const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    const __m256i bits = _mm256_set1_epi32(static_cast<int>(word >> shift));
-    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(bits, lanes), lanes));
-  }
+  struct Decisions {
+    const uint32_t* words;
+    void read(const uint32_t from[4]) { words = from; }
+    Kept at(int i) const {
+      const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+      const __m256i bits = _mm256_set1_epi32(static_cast<int>(words[i / 32] >> (i % 32)));
+      return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(bits, lanes), lanes));
+    }
+  };
   static Floats keep(Kept kept, Floats a) { return _mm256_and_ps(kept, a); }
   static Floats select(Kept kept, Floats a, Floats b) { return _mm256_blendv_ps(b, a, kept); }
 
@@ -59,6 +62,7 @@ struct Philox8 {
   using Vector = __m256i;  // upper halves are dirty: nothing may read them
 
   static Vector set(const uint32_t* x) { return _mm256_set1_epi32(static_cast<int>(*x)); }
+  static Vector key(const uint32_t x[KEY_COPIES]) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(x)); }
   // first, first + 2, ...: every other counter, so that two vectors interleave into COUNTERS consecutive ones
   static Vector counters(uint32_t first) {
     return _mm256_add_epi32(_mm256_set1_epi64x(first), _mm256_setr_epi32(0, 0, 2, 0, 4, 0, 6, 0));

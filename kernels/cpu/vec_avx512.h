@@ -17,7 +17,11 @@ namespace {
 struct MaskedFloats8 : Floats8 {
   using Kept = __mmask8;
 
-  static Kept kept(uint32_t word, int shift) { return static_cast<Kept>(word >> shift); }
+  struct Decisions {
+    const uint32_t* words;
+    void read(const uint32_t from[4]) { words = from; }
+    Kept at(int i) const { return static_cast<Kept>(words[i / 32] >> (i % 32)); }
+  };
   static Floats keep(Kept kept, Floats a) { return _mm256_maskz_mov_ps(kept, a); }
   static Floats select(Kept kept, Floats a, Floats b) { return _mm256_mask_blend_ps(kept, b, a); }
 
@@ -37,6 +41,7 @@ struct Philox16 {
   using Vector = __m512i;  // upper halves are dirty: nothing may read them
 
   static Vector set(const uint32_t* x) { return _mm512_set1_epi32(static_cast<int>(*x)); }
+  static Vector key(const uint32_t x[KEY_COPIES]) { return set(x); }
   // first, first + 2, ...: every other counter, so that two vectors interleave into COUNTERS consecutive ones
   static Vector counters(uint32_t first) {
     return _mm512_add_epi32(_mm512_set1_epi64(first),
