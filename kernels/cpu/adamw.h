@@ -6,6 +6,7 @@
 
 #include "draw.h"
 #include "dtypes.h"
+#include "gaussian.h"
 #include "level.h"
 
 namespace graddrop {
@@ -217,7 +218,7 @@ MaskTile pick_mask(Dtype grad) {
 
 template <class Draw, class V>
 constexpr Level level_of(const char* name) {
-  return {name, draw_tile<Draw>, pick_adamw<Draw, V>, pick_mask<V>, stream_tile<V>};
+  return {name, draw_tile<Draw>, normals_of_tile, pick_adamw<Draw, V>, pick_mask<V>, stream_tile<V>};
 }
 
 }  // namespace

@@ -35,6 +35,7 @@ struct Run {
 };
 
 using DrawTile = void (*)(const Stream&, uint64_t tile, uint32_t words[4]);
+using NormalsOfTile = void (*)(const Stream&, uint64_t tile, float normals[TILE]);
 using AdamwRun = void (*)(const Run&, const Numbers&);
 using MaskTile = void (*)(void* grad, const uint32_t words[4], double scale);
 using StreamTile = void (*)(float* p, const float* g, float* m, float* v, float zero);
@@ -42,6 +43,7 @@ using StreamTile = void (*)(float* p, const float* g, float* m, float* v, float 
 struct Level {
   const char* name;
   DrawTile draw;
+  NormalsOfTile normals;
   // grad is param's dtype or the arithmetic's (float32, or float64 for float64 parameters)
   AdamwRun (*adamw)(Dtype param, Dtype grad, Dtype state, Select, bool amsgrad);
   MaskTile (*mask)(Dtype grad);

@@ -57,7 +57,10 @@ void convert(Dtype dtype, const void* from, void* to) {
 template <class Real, class Global>
 void add_noise(MaskWords& words, Global global, int count, double std, void* grad) {
   auto* g = static_cast<Real*>(grad);
-  for (int i = 0; i < count; ++i) g[i] *= static_cast<Real>(1.0 + std * words.gaussian(global(i)));
+  const bool neighbours = global(count - 1) - global(0) == static_cast<uint64_t>(count) - 1;
+  for (int i = 0; i < count; ++i) {
+    g[i] *= static_cast<Real>(1.0 + std * static_cast<double>(words.normal(global(i), neighbours)));
+  }
 }
 
 void round_to(Dtype dtype, const void* from, void* to) {
@@ -241,7 +244,7 @@ void adamw_stretch(const Level& level, const Call& call, int64_t tensor, int64_t
   };
   const auto full_tiles = [&](int64_t start, int64_t tiles, bool kept, bool no_grad) {
     Run run = tiles_of(start, tiles, no_grad);
-    if (kind == Mask::BLOCK && (kept || no_grad)) return update_kept(run, numbers);
+    if (kind == Mask::BLOCK && (kept || effect == Effect::GRADIENT)) return update_kept(run, numbers);
     if (kind == Mask::ELEMENT) {
       run.stream = &words.stream();
       run.first_tile = first_of(start) / TILE;

@@ -62,27 +62,12 @@ class LoopDraw {
   static constexpr int COUNTERS = 32;
   static constexpr int PIECES = 1;
 
-  LoopDraw(const Stream& s, uint64_t tile, uint32_t words[4]) : s_(s), words_(words), index_(tile * 32) {}
+  LoopDraw(const Stream& s, uint64_t tile, uint32_t words[4]) : s_(s), tile_(tile), words_(words) {}
 
   template <int PIECE>
   void piece(int) {
     uint32_t x[4][32];
-    for (uint32_t l = 0; l < 32; ++l) {
-      x[0][l] = low(index_) + l;
-      x[1][l] = high(index_);
-      x[2][l] = s_.draw;
-      x[3][l] = s_.stream;
-    }
-    for (int r = 0; r < ROUNDS; ++r) {
-      const uint32_t key0 = s_.key0[r][0], key1 = s_.key1[r][0];
-      for (int l = 0; l < 32; ++l) {
-        const uint64_t product0 = uint64_t{MULTIPLIER0} * x[0][l], product2 = uint64_t{MULTIPLIER1} * x[2][l];
-        x[0][l] = high(product2) ^ x[1][l] ^ key0;
-        x[1][l] = low(product2);
-        x[2][l] = high(product0) ^ x[3][l] ^ key1;
-        x[3][l] = low(product0);
-      }
-    }
+    outputs_of_tile(s_, tile_, Purpose::ELEMENT, x);
     for (int word = 0; word < 4; ++word) {
       uint32_t bits = 0;
       for (int l = 0; l < 32; ++l) bits |= decide(s_, x[word][l]) ? BITS.bit[l] : 0u;
@@ -92,8 +77,8 @@ class LoopDraw {
 
  private:
   const Stream& s_;
+  uint64_t tile_;
   uint32_t* words_;
-  uint64_t index_;
 };
 
 }  // namespace
