@@ -1,5 +1,6 @@
 """The one place where a backend is chosen."""
 
+import warnings
 from functools import cache
 from types import ModuleType
 
@@ -27,18 +28,34 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, dim: int = 
     """The backend that serves parameters of ``dtype`` and ``dim`` dimensions on ``device``.
 
     Args:
-        requested: a backend's name, or "auto": the device's own kernels where they can run, else the reference.
+        requested: a backend's name, or "auto": the device's own kernels where they can run, else the reference, with
+            one RuntimeWarning that says why if they cannot run at all.
 
     Raises:
         RuntimeError: if ``requested`` names a backend that cannot run here, with its reason.
     """
     if requested == "auto":
         own = "cpu" if device.type == "cpu" else "triton"
-        return load(own) if _unavailable(own, device, dtype, dim) is None else load("reference")
+        if _unavailable(own, device, dtype, dim) is None:
+            return load(own)
+        _warn_if_unavailable(own, device)
+        return load("reference")
     reason = _unavailable(requested, device, dtype, dim)
     if reason is not None:
         raise RuntimeError(f"backend={requested!r} cannot serve {dtype} tensors on {device}: {reason}")
     return load(requested)
+
+
+@cache
+def _warn_if_unavailable(name: str, device: torch.device) -> None:
+    """Say once why the device's own kernels cannot run at all; what they leave to the reference needs no warning."""
+    reason = load(name).unavailable(device)
+    if reason is not None:
+        warnings.warn(
+            f"graddrop_fused: the slower PyTorch reference serves {device} tensors: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _unavailable(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> str | None:

@@ -218,6 +218,7 @@ def _declared() -> list[Case]:
     ]
     gradients = [
         Case("grad-none", tuple(replace(s, grad="none") for e in Effect for s in _all_kinds(effect=e))),
+        Case("grad-none-blocks", tuple(Spec((900,), Mask.BLOCK, block=128, effect=e, grad="none") for e in Effect)),
         Case("nan-dropped", tuple(replace(s, grad="dropped") for e in Effect for s in _all_kinds(effect=e))),
         Case("nan-kept", tuple(replace(s, grad="wild", amsgrad=a) for s in _all_kinds() for a in (False, True))),
         Case("maximize", _all_kinds(maximize=True) + _all_kinds(maximize=True, effect=Effect.UPDATE)),

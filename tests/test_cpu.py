@@ -200,6 +200,7 @@ def reload(monkeypatch):
     def again():
         cpu._load.cache_clear()
         dispatch.choose.cache_clear()
+        dispatch._warn_if_unavailable.cache_clear()
 
     with monkeypatch.context() as patch:
         yield types.SimpleNamespace(setattr=patch.setattr, setenv=patch.setenv, again=again)
@@ -215,7 +216,10 @@ def assert_reference_serves(*parts: str) -> None:
     assert reason is not None and "\n" not in reason
     for part in parts:
         assert part in reason
-    assert dispatch.choose("auto", CPU, torch.float32) is reference
+    with pytest.warns(RuntimeWarning, match="reference serves cpu tensors") as caught:
+        assert dispatch.choose("auto", CPU, torch.float32) is reference
+        assert dispatch.choose("auto", CPU, torch.bfloat16) is reference
+    assert [str(warning.message).endswith(reason) for warning in caught] == [True]  # once
     with pytest.raises(RuntimeError, match="backend='cpu'"):
         dispatch.choose("cpu", CPU, torch.float32)
     with pytest.raises(RuntimeError) as error:

@@ -42,10 +42,11 @@ struct Call {
 };
 
 constexpr int ROUNDS = 10;
+constexpr int KEY_COPIES = 8;  // of every round key: AVX2 has no operands that broadcast from memory
 
 // Everything that decides a tensor's masks but the element.
 struct Stream {
-  uint32_t key0[ROUNDS], key1[ROUNDS];  // of every round
+  alignas(32) uint32_t key0[ROUNDS][KEY_COPIES], key1[ROUNDS][KEY_COPIES];
   uint32_t draw, stream, lo, span;
 };
 

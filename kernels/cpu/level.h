@@ -21,31 +21,31 @@ struct Numbers {
   Scalars<double> f64;
 };
 
-// Addresses of 128 consecutive elements each; vmax is 0 without amsgrad.
-struct Tile {
+// Consecutive tiles of 128 elements.
+struct Run {
   void* p;
   const void* g;
-  void *m, *v, *vmax;
-};
-
-// A tile's mask words, drawn while another tile is updated: the update waits for memory and division, drawing does not.
-struct Drawing {
-  const Stream* stream;  // null: nothing to draw
-  uint64_t tile;
-  uint32_t* words;
+  void *m, *v, *vmax;  // vmax is 0 without amsgrad
+  int64_t tiles;
+  int64_t grad_step = TILE;             // elements from a tile's gradient to the next one's; 0: one tile serves all
+  const uint32_t* words = nullptr;      // the tiles' mask words, four each; unread under Select::ALL
+  int64_t words_step = 4;               // 0: four words serve all tiles
+  const Stream* stream = nullptr;       // in place of words: draw them
+  uint64_t first_tile = 0;              // global, if drawn
 };
 
 using DrawTile = void (*)(const Stream&, uint64_t tile, uint32_t words[4]);
-// ahead: the tile to fetch into the cache meanwhile; its p is null if there is none
-using AdamwTile = void (*)(const Tile&, const Tile& ahead, const uint32_t words[4], const Numbers&, const Drawing&);
+using NormalsOfTile = void (*)(const Stream&, uint64_t tile, float normals[TILE]);
+using AdamwRun = void (*)(const Run&, const Numbers&);
 using MaskTile = void (*)(void* grad, const uint32_t words[4], double scale);
-using StreamTile = void (*)(const Tile&, float zero);
+using StreamTile = void (*)(float* p, const float* g, float* m, float* v, float zero);
 
 struct Level {
   const char* name;
   DrawTile draw;
+  NormalsOfTile normals;
   // grad is param's dtype or the arithmetic's (float32, or float64 for float64 parameters)
-  AdamwTile (*adamw)(Dtype param, Dtype grad, Dtype state, Select, bool amsgrad);
+  AdamwRun (*adamw)(Dtype param, Dtype grad, Dtype state, Select, bool amsgrad);
   MaskTile (*mask)(Dtype grad);
   StreamTile stream;  // float32: reads four streams, writes three, hardly computes: the floor benchmarks compare with
 };

@@ -3,6 +3,6 @@
 
 namespace graddrop {
 
-extern const Level level_avx2 = {"avx2", draw_tile<Vec>, pick_adamw<Vec>, pick_mask<Vec>, stream_tile<Vec>};
+extern const Level level_avx2 = level_of<TileDraw<Philox8>, Floats8>("avx2");
 
 }  // namespace graddrop

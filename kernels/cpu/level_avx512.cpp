@@ -3,6 +3,6 @@
 
 namespace graddrop {
 
-extern const Level level_avx512 = {"avx512", draw_tile<Vec>, pick_adamw<Vec>, pick_mask<Vec>, stream_tile<Vec>};
+extern const Level level_avx512 = level_of<TileDraw<Philox16>, MaskedFloats8>("avx512");
 
 }  // namespace graddrop

@@ -3,6 +3,6 @@
 
 namespace graddrop {
 
-extern const Level level_default = {"default", draw_tile<Vec>, pick_adamw<Vec>, pick_mask<Vec>, stream_tile<Vec>};
+extern const Level level_default = level_of<LoopDraw, Float1>("default");
 
 }  // namespace graddrop

@@ -1,10 +1,10 @@
 // Mask words for up to 128 local elements, whatever the mask's kind and the tensor's layout.
 #pragma once
 
-#include <cmath>
 #include <cstring>
 
 #include "contract.h"
+#include "gaussian.h"
 #include "level.h"
 #include "philox.h"
 
@@ -66,7 +66,7 @@ inline void walk(const Layout& row, int64_t start, int count, Elements& out) {
 class MaskWords {
  public:
   MaskWords(const Level& level, const Call& call, int64_t tensor)
-      : draw_(level.draw), row_(call.layout[tensor]), stream_(stream_of(call.seed, call.integers[tensor])), kind_(kind_of(call, tensor)),
+      : draw_(level.draw), normals_(level.normals), row_(call.layout[tensor]), stream_(stream_of(call.seed, call.integers[tensor])), kind_(kind_of(call, tensor)),
         block_(static_cast<uint64_t>(call.integers[tensor].block)) {}
 
   Mask kind() const { return kind_; }
@@ -128,14 +128,20 @@ class MaskWords {
     return last_kept_;
   }
 
-  // Standard normals (Box-Muller) of one element.
-  double gaussian(uint64_t element) {
-    const int word = element_word(element);
-    const Words drawn = outputs(stream_, element_counter(element), Purpose::GAUSSIAN);
-    const double radius = (drawn.word[word / 2 * 2] + 0.5) * 0x1p-32;
-    const double angle = (drawn.word[word / 2 * 2 + 1] + 0.5) * 0x1p-32;
-    const double length = std::sqrt(-2.0 * std::log(radius)), turn = 6.283185307179586 * angle;
-    return length * (word % 2 ? std::sin(turn) : std::cos(turn));
+  // The first global index behind the block of this one.
+  int64_t block_end(int64_t element) const {
+    const auto block = static_cast<int64_t>(block_);
+    return (element / block + 1) * block;
+  }
+
+  // The standard normal of one element; of neighbours after each other, a tile's at once.
+  float normal(uint64_t element, bool neighbours) {
+    if (!neighbours) return normal_of(stream_, element);
+    if (element / TILE != normals_tile_) {
+      normals_tile_ = element / TILE;
+      normals_(stream_, normals_tile_, normal_);
+    }
+    return normal_[element % TILE];
   }
 
  private:
@@ -169,12 +175,15 @@ class MaskWords {
   }
 
   DrawTile draw_;
+  NormalsOfTile normals_;
   const Layout& row_;
   Stream stream_;
   Mask kind_;
   uint64_t block_;
   uint64_t last_block_ = ~uint64_t{0};
   bool last_kept_ = false;
+  uint64_t normals_tile_ = ~uint64_t{0};
+  float normal_[TILE];
 };
 
 }  // namespace

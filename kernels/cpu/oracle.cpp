@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "dtypes.h"
+#include "gaussian.h"
 #include "philox.h"
 
 namespace graddrop {
@@ -44,14 +45,10 @@ bool kept(const Call& call, int64_t tensor, const Element& e) {
   }
 }
 
-// 1 + std * N(0, 1), Box-Muller
+// 1 + std * N(0, 1)
 double noise(const Call& call, int64_t tensor, const Element& e) {
-  const Integers& row = call.integers[tensor];
-  const auto global = static_cast<uint64_t>(e.global);
-  const Words words = outputs(stream_of(call.seed, row), element_counter(global), Purpose::GAUSSIAN);
-  const int pair = element_word(global) / 2 * 2;
-  const double radius = (words.word[pair] + 0.5) * 0x1p-32, angle = 6.283185307179586 * ((words.word[pair + 1] + 0.5) * 0x1p-32);
-  const double normal = std::sqrt(-2.0 * std::log(radius)) * (element_word(global) % 2 ? std::sin(angle) : std::cos(angle));
+  const Stream stream = stream_of(call.seed, call.integers[tensor]);
+  const double normal = static_cast<double>(normal_of(stream, static_cast<uint64_t>(e.global)));
   return 1.0 + call.reals[tensor].noise_std * normal;
 }
 

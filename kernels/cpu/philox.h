@@ -24,8 +24,10 @@ inline uint32_t low(uint64_t product) { return static_cast<uint32_t>(product); }
 inline Stream stream_of(uint64_t seed, const Integers& row) {
   Stream s;
   for (uint32_t r = 0; r < ROUNDS; ++r) {
-    s.key0[r] = low(seed) + r * WEYL0;
-    s.key1[r] = high(seed) + r * WEYL1;
+    for (int copy = 0; copy < KEY_COPIES; ++copy) {
+      s.key0[r][copy] = low(seed) + r * WEYL0;
+      s.key1[r][copy] = high(seed) + r * WEYL1;
+    }
   }
   s.draw = static_cast<uint32_t>(row.draw);
   s.stream = static_cast<uint32_t>(row.stream);
@@ -38,9 +40,30 @@ inline Words outputs(const Stream& s, uint64_t index, Purpose purpose) {
   Words c = {{low(index), high(index) | static_cast<uint32_t>(purpose) << 24, s.draw, s.stream}};
   for (int r = 0; r < ROUNDS; ++r) {
     const uint64_t product0 = uint64_t{MULTIPLIER0} * c.word[0], product2 = uint64_t{MULTIPLIER1} * c.word[2];
-    c = {{high(product2) ^ c.word[1] ^ s.key0[r], low(product2), high(product0) ^ c.word[3] ^ s.key1[r], low(product0)}};
+    c = {{high(product2) ^ c.word[1] ^ s.key0[r][0], low(product2), high(product0) ^ c.word[3] ^ s.key1[r][0], low(product0)}};
   }
   return c;
+}
+
+// A tile's 32 counters: lane l of the four outputs, by loops that compilers vectorise.
+inline void outputs_of_tile(const Stream& s, uint64_t tile, Purpose purpose, uint32_t x[4][32]) {
+  const uint64_t index = tile * 32;
+  for (uint32_t l = 0; l < 32; ++l) {
+    x[0][l] = low(index) + l;
+    x[1][l] = high(index) | static_cast<uint32_t>(purpose) << 24;
+    x[2][l] = s.draw;
+    x[3][l] = s.stream;
+  }
+  for (int r = 0; r < ROUNDS; ++r) {
+    const uint32_t key0 = s.key0[r][0], key1 = s.key1[r][0];
+    for (int l = 0; l < 32; ++l) {
+      const uint64_t product0 = uint64_t{MULTIPLIER0} * x[0][l], product2 = uint64_t{MULTIPLIER1} * x[2][l];
+      x[0][l] = high(product2) ^ x[1][l] ^ key0;
+      x[1][l] = low(product2);
+      x[2][l] = high(product0) ^ x[3][l] ^ key1;
+      x[3][l] = low(product0);
+    }
+  }
 }
 
 inline bool decide(const Stream& s, uint32_t word) { return word - s.lo <= s.span; }

@@ -8,11 +8,6 @@
 namespace graddrop {
 namespace {
 
-// Tiles fetched ahead of the one at work: arithmetic on one hides the memory latency of the next.
-constexpr int AHEAD = 4;
-
-constexpr Tile NO_TILE = {};
-constexpr Drawing NO_DRAWING = {};
 alignas(64) const char ZEROS[TILE * sizeof(double)] = {};
 
 struct alignas(64) Buffer {
@@ -62,7 +57,10 @@ void convert(Dtype dtype, const void* from, void* to) {
 template <class Real, class Global>
 void add_noise(MaskWords& words, Global global, int count, double std, void* grad) {
   auto* g = static_cast<Real*>(grad);
-  for (int i = 0; i < count; ++i) g[i] *= static_cast<Real>(1.0 + std * words.gaussian(global(i)));
+  const bool neighbours = global(count - 1) - global(0) == static_cast<uint64_t>(count) - 1;
+  for (int i = 0; i < count; ++i) {
+    g[i] *= static_cast<Real>(1.0 + std * static_cast<double>(words.normal(global(i), neighbours)));
+  }
 }
 
 void round_to(Dtype dtype, const void* from, void* to) {
@@ -75,27 +73,43 @@ void round_to(Dtype dtype, const void* from, void* to) {
   }
 }
 
-struct Planned {
-  int64_t start;
-  int count;
+// Local elements [start, stop) that one call of a level can take, but for short tiles at both ends.
+struct Region {
+  int64_t start, stop;
   bool kept;  // of a block mask; else unused
 };
 
-// Cuts [begin, end) where the mask's tiles lie; frozen blocks are left out.
-int plan(MaskWords& words, const Layout& row, bool skip_dropped, int64_t begin, int64_t end, Planned* out) {
-  const Mask kind = words.kind();
-  const bool global = kind == Mask::ELEMENT || kind == Mask::BLOCK;
-  int tiles = 0;
-  for (int64_t start = begin; start < end;) {
-    const int64_t at = global ? (row.offset + start) % TILE : 0;
-    const int64_t stop = start + TILE - at < end ? start + TILE - at : end;
-    const bool kept = kind != Mask::BLOCK || words.block(static_cast<uint64_t>(row.offset + start));
-    if (kept || !skip_dropped) out[tiles++] = {start, static_cast<int>(stop - start), kept};
-    start = stop;
+// Cuts [begin, end) into regions: one, but for block masks, whose neighbouring blocks of one decision make a region.
+class Regions {
+ public:
+  Regions(MaskWords& words, const Layout& row, int64_t begin, int64_t end)
+      : words_(words), offset_(row.offset), at_(begin), end_(end) {}
+
+  bool next(Region& region) {
+    if (at_ == end_) return false;
+    region = {at_, end_, true};
+    if (words_.kind() == Mask::BLOCK) {
+      region.kept = decide();
+      do {
+        region.stop = at_ = words_.block_end(offset_ + at_) - offset_;
+      } while (at_ < end_ && decide() == region.kept);
+    }
+    region.stop = at_ = region.stop < end_ ? region.stop : end_;
+    return true;
   }
-  return tiles;
+
+ private:
+  bool decide() { return words_.block(static_cast<uint64_t>(offset_ + at_)); }
+
+  MaskWords& words_;
+  int64_t offset_, at_, end_;
+};
+
+// Elements from start on to the next tile: of the parameter where the mask is drawn, else of the local tensor.
+int64_t to_tile(const MaskWords& words, const Layout& row, int64_t start) {
+  const bool global = words.kind() == Mask::ELEMENT || words.kind() == Mask::BLOCK;
+  return global ? (TILE - (row.offset + start) % TILE) % TILE : 0;
 }
-constexpr int MAX_PLANNED = MAX_STRETCH / TILE + 2;
 
 Numbers numbers_of(const Reals& reals, Effect effect, double inv_grad_scale) {
   // a kept element's whole step is rescaled under UPDATE, else its gradient
@@ -125,6 +139,7 @@ class Gradient {
         real_(wanted == Dtype::FLOAT64 ? Dtype::FLOAT64 : Dtype::FLOAT32),
         convert_(noisy || (call.grad != wanted && call.grad != real_)) {}
 
+  bool converts() const { return convert_; }
   Dtype dtype() const { return convert_ ? real_ : dtype_; }
 
   // global(i): global index of the tile's element i
@@ -159,7 +174,8 @@ void adamw_stretch(const Level& level, const Call& call, int64_t tensor, int64_t
   const bool all = kind == Mask::KEEP || kind == Mask::GAUSSIAN || (kind == Mask::DROP && effect == Effect::GRADIENT);
   const Select select = all ? Select::ALL : static_cast<Select>(static_cast<int>(effect) + 1);
   Gradient gradient(call, tensor, call.param, noisy);
-  const AdamwTile update = level.adamw(call.param, gradient.dtype(), call.state, select, row.vmax != 0);
+  const AdamwRun update = level.adamw(call.param, gradient.dtype(), call.state, select, row.vmax != 0);
+  const AdamwRun update_kept = level.adamw(call.param, gradient.dtype(), call.state, Select::ALL, row.vmax != 0);
   const Numbers numbers = numbers_of(call.reals[tensor], effect, call.inv_grad_scale);
 
   const int64_t param_size = size_of(call.param), grad_size = size_of(call.grad), state_size = size_of(call.state);
@@ -171,7 +187,8 @@ void adamw_stretch(const Level& level, const Call& call, int64_t tensor, int64_t
   const auto clear = [&] {
     for (Buffer* tile : {&p_tile, &g_tile, &m_tile, &v_tile, &vmax_tile}) std::memset(tile->bytes, 0, sizeof(Buffer));
   };
-  const Tile gathered = {p_tile.bytes, g_tile.bytes, m_tile.bytes, v_tile.bytes, vmax ? vmax_tile.bytes : nullptr};
+  Run gathered = {p_tile.bytes, g_tile.bytes, m_tile.bytes, v_tile.bytes, vmax ? vmax_tile.bytes : nullptr, 1};
+  gathered.words = bits;
 
   if (!unit(row.param_stride, row) || !unit(row.grad_stride, row) || !unit(row.global_stride, row)) {
     Elements at;
@@ -186,9 +203,8 @@ void adamw_stretch(const Level& level, const Call& call, int64_t tensor, int64_t
       gather(state_size, v, at.param, count, v_tile.bytes);
       if (vmax) gather(state_size, vmax, at.param, count, vmax_tile.bytes);
       if (!zero_grad) gather(grad_size, g, at.grad, count, g_tile.bytes);
-      Tile tile = gathered;
-      tile.g = zero_grad ? ZEROS : gradient.prepare(words, g_tile.bytes, count, [&](int i) { return at.global[i]; });
-      update(tile, NO_TILE, bits, numbers, NO_DRAWING);
+      gathered.g = zero_grad ? ZEROS : gradient.prepare(words, g_tile.bytes, count, [&](int i) { return at.global[i]; });
+      update(gathered, numbers);
       scatter(param_size, p_tile.bytes, at.param, count, p);
       scatter(state_size, m_tile.bytes, at.param, count, m);
       scatter(state_size, v_tile.bytes, at.param, count, v);
@@ -197,49 +213,75 @@ void adamw_stretch(const Level& level, const Call& call, int64_t tensor, int64_t
     return;
   }
 
-  Planned planned[MAX_PLANNED];
-  const int tiles = plan(words, row, effect == Effect::FREEZE, begin, end, planned);
-  const auto tile_at = [&](const Planned& at) {
-    const bool no_grad = zero_grad || (kind == Mask::BLOCK && !at.kept && effect == Effect::GRADIENT);
-    return Tile{p + at.start * param_size, no_grad ? ZEROS : g + at.start * grad_size, m + at.start * state_size,
-                v + at.start * state_size, vmax ? vmax + at.start * state_size : nullptr};
+  const auto first_of = [&](int64_t start) { return static_cast<uint64_t>(row.offset + start); };
+  const auto tiles_of = [&](int64_t start, int64_t tiles, bool no_grad) {
+    Run run = {p + start * param_size, no_grad ? ZEROS : g + start * grad_size, m + start * state_size,
+               v + start * state_size, vmax ? vmax + start * state_size : nullptr, tiles};
+    run.grad_step = no_grad ? 0 : TILE;
+    run.words = bits;
+    return run;
   };
-  const auto first_of = [&](const Planned& at) { return static_cast<uint64_t>(row.offset + at.start); };
-  uint32_t drawn[2][4];  // of this tile and the next
-  if (kind == Mask::ELEMENT && tiles > 0) level.draw(words.stream(), first_of(planned[0]) / TILE, drawn[0]);
-
-  for (int t = 0; t < tiles; ++t) {
-    const auto [start, count, kept] = planned[t];
-    Tile tile = tile_at(planned[t]);
-    const Tile ahead = t + AHEAD < tiles && planned[t + AHEAD].count == TILE ? tile_at(planned[t + AHEAD]) : NO_TILE;
-    Drawing drawing = NO_DRAWING;
+  const auto prepared = [&](const char* from, int64_t start, int count) {
+    const auto global = [first = first_of(start)](int i) { return first + static_cast<uint64_t>(i); };
+    return gradient.prepare(words, from, count, global);
+  };
+  const auto short_tile = [&](int64_t start, int count, bool no_grad) {
+    const auto bytes = [count](int64_t size) { return static_cast<size_t>(count * size); };
+    const Run there = tiles_of(start, 1, no_grad);
+    clear();
+    std::memcpy(p_tile.bytes, there.p, bytes(param_size));
+    std::memcpy(m_tile.bytes, there.m, bytes(state_size));
+    std::memcpy(v_tile.bytes, there.v, bytes(state_size));
+    if (vmax) std::memcpy(vmax_tile.bytes, there.vmax, bytes(state_size));
+    if (!no_grad) std::memcpy(g_tile.bytes, there.g, bytes(grad_size));
+    if (!all) words.linear(start, count, bits);
+    gathered.g = no_grad ? ZEROS : prepared(g_tile.bytes, start, count);
+    update(gathered, numbers);
+    std::memcpy(there.p, p_tile.bytes, bytes(param_size));
+    std::memcpy(there.m, m_tile.bytes, bytes(state_size));
+    std::memcpy(there.v, v_tile.bytes, bytes(state_size));
+    if (vmax) std::memcpy(there.vmax, vmax_tile.bytes, bytes(state_size));
+  };
+  const auto full_tiles = [&](int64_t start, int64_t tiles, bool kept, bool no_grad) {
+    Run run = tiles_of(start, tiles, no_grad);
+    if (kind == Mask::BLOCK && (kept || effect == Effect::GRADIENT)) return update_kept(run, numbers);
     if (kind == Mask::ELEMENT) {
-      std::memcpy(bits, drawn[t % 2], sizeof bits);
-      shift_down(bits, static_cast<int>(first_of(planned[t]) % TILE));
-      if (t + 1 < tiles) drawing = {&words.stream(), first_of(planned[t + 1]) / TILE, drawn[(t + 1) % 2]};
+      run.stream = &words.stream();
+      run.first_tile = first_of(start) / TILE;
+    } else if (kind == Mask::PACKED) {
+      run.words = reinterpret_cast<const uint32_t*>(row.packed) + start / 32;
     } else if (!all) {
-      words.linear(start, count, bits);
+      words.linear(start, TILE, bits);  // everything dropped
+      run.words_step = 0;
     }
-    const auto global = [first = first_of(planned[t])](int i) { return first + static_cast<uint64_t>(i); };
-    if (count == TILE) {
-      if (tile.g != ZEROS) tile.g = gradient.prepare(words, static_cast<const char*>(tile.g), count, global);
-      update(tile, ahead, bits, numbers, drawing);
+    update(run, numbers);
+  };
+  const auto converted_tile = [&](int64_t start) {
+    Run run = tiles_of(start, 1, false);
+    if (!all) words.linear(start, TILE, bits);
+    run.g = prepared(static_cast<const char*>(run.g), start, TILE);
+    update(run, numbers);
+  };
+
+  Regions regions(words, row, begin, end);
+  for (Region region; regions.next(region);) {
+    if (!region.kept && effect == Effect::FREEZE) continue;
+    const bool no_grad = zero_grad || (!region.kept && effect == Effect::GRADIENT);
+    int64_t at = region.start;
+    const int64_t head = to_tile(words, row, at);
+    if (head > 0) {
+      const int64_t count = head < region.stop - at ? head : region.stop - at;
+      short_tile(at, static_cast<int>(count), no_grad);
+      at += count;
+    }
+    const int64_t tiles = (region.stop - at) / TILE;
+    if (tiles > 0 && (no_grad || !gradient.converts())) {
+      full_tiles(at, tiles, region.kept, no_grad);
     } else {
-      const auto bytes = [count = count](int64_t size) { return static_cast<size_t>(count * size); };
-      clear();
-      std::memcpy(p_tile.bytes, tile.p, bytes(param_size));
-      std::memcpy(m_tile.bytes, tile.m, bytes(state_size));
-      std::memcpy(v_tile.bytes, tile.v, bytes(state_size));
-      if (vmax) std::memcpy(vmax_tile.bytes, tile.vmax, bytes(state_size));
-      if (tile.g != ZEROS) std::memcpy(g_tile.bytes, tile.g, bytes(grad_size));
-      Tile short_tile = gathered;
-      short_tile.g = tile.g == ZEROS ? ZEROS : gradient.prepare(words, g_tile.bytes, count, global);
-      update(short_tile, ahead, bits, numbers, drawing);
-      std::memcpy(tile.p, p_tile.bytes, bytes(param_size));
-      std::memcpy(tile.m, m_tile.bytes, bytes(state_size));
-      std::memcpy(tile.v, v_tile.bytes, bytes(state_size));
-      if (vmax) std::memcpy(tile.vmax, vmax_tile.bytes, bytes(state_size));
+      for (int64_t t = 0; t < tiles; ++t) converted_tile(at + t * TILE);
     }
+    at += tiles * TILE;
+    if (at < region.stop) short_tile(at, static_cast<int>(region.stop - at), no_grad);
   }
 }
 
@@ -258,10 +300,10 @@ void mask_stretch(const Level& level, const Call& call, int64_t tensor, int64_t 
   Buffer tile;
   Elements at;
 
-  Planned planned[MAX_PLANNED];
-  const int tiles = plan(words, row, false, begin, end, planned);
-  for (int t = 0; t < tiles; ++t) {
-    const auto [start, count, kept] = planned[t];
+  int count;
+  for (int64_t start = begin; start < end; start += count) {
+    const int64_t head = linear ? to_tile(words, row, start) : 0, wanted = head > 0 ? head : TILE;
+    count = static_cast<int>(wanted < end - start ? wanted : end - start);
     char* const from = g + start * size;
     if (linear) {
       words.linear(start, count, bits);
@@ -314,8 +356,8 @@ void stream_stretch(const Level& level, const Call& call, int64_t tensor, int64_
   const Layout& row = call.layout[tensor];
   const auto at = [](int64_t base, int64_t start) { return reinterpret_cast<float*>(base) + start; };
   for (int64_t start = begin; start + TILE <= end; start += TILE) {
-    const Tile tile = {at(row.param, start), at(row.grad, start), at(row.m, start), at(row.v, start), nullptr};
-    level.stream(tile, static_cast<float>(call.inv_grad_scale));
+    level.stream(at(row.param, start), at(row.grad, start), at(row.m, start), at(row.v, start),
+                 static_cast<float>(call.inv_grad_scale));
   }
 }
 

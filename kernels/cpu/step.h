@@ -14,6 +14,6 @@ void mask_stretch(const Level&, const Call&, int64_t tensor, int64_t begin, int6
 void pack_stretch(const Level&, const Call&, int64_t tensor, int64_t begin, int64_t end);
 void stream_stretch(const Level&, const Call&, int64_t tensor, int64_t begin, int64_t end);  // benchmark floor
 
-constexpr int64_t MAX_STRETCH = 32768;
+constexpr int64_t MAX_STRETCH = 131072;
 
 }  // namespace graddrop

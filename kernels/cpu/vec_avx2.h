@@ -1,4 +1,4 @@
-// Eight float lanes, and Philox words in the low half of 64-bit lanes.
+// Eight float lanes, and eight counters with Philox words in the low half of 64-bit lanes.
 #pragma once
 
 #include <immintrin.h>
@@ -8,11 +8,10 @@
 namespace graddrop {
 namespace {
 
-struct Vec {
+struct Floats8 {
   static constexpr int WIDTH = 8;
   using Floats = __m256;
-  using Kept = __m256;      // all ones where kept
-  using Words64 = __m256i;  // upper halves are dirty: nothing may read them
+  using Kept = __m256;  // all ones where kept
 
   static Floats set(float x) { return _mm256_set1_ps(x); }
   static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
@@ -22,12 +21,15 @@ struct Vec {
   static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
   static Floats sqrt(Floats a) { return _mm256_sqrt_ps(a); }
 
-  // bits [shift, shift + WIDTH) of a mask word
-  static Kept kept(uint32_t word, int shift) {
-    const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    const __m256i bits = _mm256_set1_epi32(static_cast<int>(word >> shift));
-    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(bits, lanes), lanes));
-  }
+  struct Decisions {
+    const uint32_t* words;
+    void read(const uint32_t from[4]) { words = from; }
+    Kept at(int i) const {
+      const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+      const __m256i bits = _mm256_set1_epi32(static_cast<int>(words[i / 32] >> (i % 32)));
+      return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(bits, lanes), lanes));
+    }
+  };
   static Floats keep(Kept kept, Floats a) { return _mm256_and_ps(kept, a); }
   static Floats select(Kept kept, Floats a, Floats b) { return _mm256_blendv_ps(b, a, kept); }
 
@@ -53,18 +55,24 @@ struct Vec {
   static void store(float16* x, Floats a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
+};
 
-  static Words64 set_word(const uint32_t* x) { return _mm256_set1_epi32(static_cast<int>(*x)); }
-  // first, first + 2, ...: every other counter, so that two vectors interleave into WIDTH consecutive ones
-  static Words64 counters(uint32_t first) {
+struct Philox8 {
+  static constexpr int COUNTERS = 8;
+  using Vector = __m256i;  // upper halves are dirty: nothing may read them
+
+  static Vector set(const uint32_t* x) { return _mm256_set1_epi32(static_cast<int>(*x)); }
+  static Vector key(const uint32_t x[KEY_COPIES]) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(x)); }
+  // first, first + 2, ...: every other counter, so that two vectors interleave into COUNTERS consecutive ones
+  static Vector counters(uint32_t first) {
     return _mm256_add_epi32(_mm256_set1_epi64x(first), _mm256_setr_epi32(0, 0, 2, 0, 4, 0, 6, 0));
   }
-  static Words64 multiply(Words64 a, Words64 b) { return _mm256_mul_epu32(a, b); }
-  static Words64 high_half(Words64 product) { return _mm256_srli_epi64(product, 32); }
-  static Words64 exclusive_or(Words64 a, Words64 b) { return _mm256_xor_si256(a, b); }
-  static Words64 exclusive_or(Words64 a, Words64 b, Words64 c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
+  static Vector multiply(Vector a, Vector b) { return _mm256_mul_epu32(a, b); }
+  static Vector high_half(Vector product) { return _mm256_srli_epi64(product, 32); }
+  static Vector exclusive_or(Vector a, Vector b) { return _mm256_xor_si256(a, b); }
+  static Vector exclusive_or(Vector a, Vector b, Vector c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
   // bit l: word of counter l lies within [lo, lo + span] modulo 2**32
-  static uint32_t decide(Words64 even, Words64 odd, uint32_t lo, uint32_t span) {
+  static uint32_t decide(Vector even, Vector odd, uint32_t lo, uint32_t span) {
     const __m256i words = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
     // AVX2 compares signed numbers: both sides are moved by 2**31
     const __m256i moved = _mm256_add_epi32(words, _mm256_set1_epi32(static_cast<int>(0x80000000u - lo)));
