@@ -17,7 +17,7 @@ from .clock import Clock, row_at
 from .contract import Batch, Effect, Integer, Mask, Real
 from .names import canonical_name, check_distinct, stream_id
 from .policies import KEEP, Policy, Row, StaticMask
-from .shards import local, shard_of
+from .shards import local, shard_of, whole_shape
 
 Group = dict[str, Any]
 
@@ -238,12 +238,13 @@ def static_mask(group: Group, member: Member) -> Tensor | None:
     if not isinstance(policy, StaticMask):
         return None
     mask = policy.mask_of(member.name, member.index, len(group["params"]))
+    shape = whole_shape(member.param)
     if mask is None:
-        return torch.ones(member.param.shape, dtype=torch.bool)
-    if mask.shape != member.param.shape:
+        return torch.ones(shape, dtype=torch.bool)
+    if mask.shape != shape:
         raise ValueError(
-            f"StaticMask's mask of parameter {member.name or member.index!r} must have its shape "
-            f"{tuple(member.param.shape)}, got {tuple(mask.shape)}"
+            f"StaticMask's mask of parameter {member.name or member.index!r} must have its whole shape {shape}, "
+            f"got {tuple(mask.shape)}"
         )
     return mask
 
