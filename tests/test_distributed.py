@@ -37,15 +37,21 @@ def train(model, drop, part=0, parts=1):
     return masks
 
 
-def follow(model, drop, index=None):
-    """Steps in float32 along gradients that each element's name and place decide: no reduction, so no rounding."""
-    opt = optimizer(model, drop)
-    for step in range(STEPS):
+def follow(model, opt, steps, index=None):
+    """Steps along gradients that each element's name and place decide: no reduction, so no rounding."""
+    for step in steps:
         for name, p in model.named_parameters():
             place = torch.arange(p.numel()).reshape(p.shape) if index is None else index[name]
             p.grad = like(p, torch.cos(place * (step + 1.0) + zlib.crc32(name.encode()) % 1000))
         opt.step()
-    return opt
+
+
+def placed_index(sharding, world):
+    """Where the wrappers really put each element, whatever placements say: {name: global indices of the local part}."""
+    model = sharded_transformer.model(torch.float64)
+    sharded_transformer.whole_index(model)
+    sharded_transformer.SHARDINGS[sharding](model, world)
+    return {name: local(p).detach().long() for name, p in model.named_parameters()}
 
 
 def local(tensor):
@@ -72,7 +78,7 @@ def single_process(rank, world, file):
     for key, drop in DROPS.items():
         trained, followed = sharded_transformer.model(torch.float64), sharded_transformer.model()
         masks = train(trained, drop)
-        follow(followed, drop)
+        follow(followed, optimizer(followed, drop), range(STEPS))
         truth[key] = masks, trained.state_dict(), followed.state_dict()
     torch.save(truth, file)
 
@@ -88,12 +94,7 @@ def test_every_rank_does_its_part_of_the_whole(sharding, world, single):
 
 def one_rank(rank, world, sharding, truth):
     shard = sharded_transformer.SHARDINGS[sharding]
-    numbered = sharded_transformer.model(torch.float64)
-    sharded_transformer.whole_index(numbered)
-    shard(numbered, world)
-    # where the wrappers really put each element, whatever their placements say
-    index = {name: local(p).detach().long() for name, p in numbered.named_parameters()}
-
+    index = placed_index(sharding, world)
     for key, (true_masks, trained, followed) in torch.load(truth).items():
         model = sharded_transformer.model(torch.float64)
         part, parts = shard(model, world)
@@ -106,7 +107,8 @@ def one_rank(rank, world, sharding, truth):
 
         model = sharded_transformer.model()
         shard(model, world)
-        opt = follow(model, DROPS[key], index)
+        opt = optimizer(model, DROPS[key])
+        follow(model, opt, range(STEPS), index)
         for name, p in model.named_parameters():
             assert torch.equal(local(p), followed[name].flatten()[index[name]]), (key, name)
             for state in ("exp_avg", "exp_avg_sq"):
