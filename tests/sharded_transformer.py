@@ -47,10 +47,17 @@ def model(dtype: torch.dtype = torch.float32) -> Transformer:
     return Transformer().to(dtype)
 
 
+def batch(step: int) -> Tensor:
+    """The batch of step ``step``: tokens, (24, 6)."""
+    return torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+
+
 def loss(of: nn.Module, step: int, part: int = 0, parts: int = 1) -> Tensor:
     """Mean loss over part ``part`` of ``parts`` of the batch of step ``step``."""
-    tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
-    tokens = tokens.chunk(parts)[part]
+    return loss_of(of, batch(step).chunk(parts)[part])
+
+
+def loss_of(of: nn.Module, tokens: Tensor) -> Tensor:
     return cross_entropy(of(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
