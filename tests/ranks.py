@@ -9,6 +9,7 @@ import multiprocessing
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -74,6 +75,7 @@ def _results(waiting: dict, deadline: float) -> list[Any]:
 
 def _rank(sender, function: Callable, rank: int, world: int, rendezvous: str, args: tuple) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("error")  # as in pytest's own process
     error = result = None
     try:
         dist.init_process_group(
