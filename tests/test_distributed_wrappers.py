@@ -12,7 +12,7 @@ import pytest
 import ranks
 import sharded_transformer
 import torch
-from test_distributed import DROPS, LOOKED_AT, STEPS, TOLERANCE, local, optimizer, placed_index, single
+from test_distributed import DROPS, LOOKED_AT, STEPS, TOLERANCE, follow, local, optimizer, placed_index, single
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -120,6 +120,31 @@ def test_accelerate_with_one_process_and_with_two(tmp_path):
             assert all(map(torch.equal, epoch, mask))
         assert all(map(torch.equal, its_parameters, of_two[0][2]))
         torch.testing.assert_close(its_parameters, parameters, rtol=0, atol=TOLERANCE)
+
+
+def test_an_optimizer_whose_parameters_accelerate_switches(single):
+    ranks.run(switched_parameters, 2, single)
+
+
+def switched_parameters(rank, world, truth):
+    """Accelerate shards (FSDP2) after the optimizer was made, and then puts the new parameters into its groups."""
+    from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
+
+    index = placed_index("fsdp", world)
+    for key, drop in DROPS.items():
+        model = sharded_transformer.model()
+        opt = optimizer(model, drop)
+        pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
+        for group in opt.param_groups:
+            for i, p in enumerate(group["params"]):
+                group["params"][i] = torch.empty(1)
+                group["params"][i].data_ptr = p.data_ptr()
+        sharded_transformer.fsdp(model, world)
+        fsdp2_switch_optimizer_parameters(opt, {pointers[name]: p for name, p in model.named_parameters()})
+        follow(model, opt, range(STEPS), index)
+        _, _, followed = torch.load(truth)[key]
+        for name, p in model.named_parameters():
+            assert torch.equal(local(p), followed[name].flatten()[index[name]]), (key, name)
 
 
 # Mixed precision
