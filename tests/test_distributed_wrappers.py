@@ -109,8 +109,16 @@ def test_accelerate_with_one_process_and_with_two(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true"}
     for processes, launcher in launchers.items():
         command = [sys.executable, "-m", *launcher, "tests/accelerate_loop.py", str(tmp_path), str(processes)]
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-4000:]
+        launched = subprocess.Popen(
+            command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        try:
+            out, _ = launched.communicate(timeout=240)
+        finally:
+            launched.terminate()  # not kill: the launcher then ends those that it started
+            launched.wait()
+            launched.stdout.close()
+        assert launched.returncode == 0, out[-4000:]
     draw, masks, parameters = torch.load(tmp_path / "1-0.pt")
     assert draw == 6
     of_two = [torch.load(tmp_path / f"2-{rank}.pt") for rank in range(2)]
