@@ -262,7 +262,10 @@ def step_and_clear(opt, param):
 def test_clipping_before_masking_and_after():
     """Before: the norm of unmasked gradients. After, by attach() and a later hook: the norm of what the masks left."""
     before, after = (sharded_transformer.model() for _ in range(2))
-    masked = [torch.zeros_like(p) for p in before.parameters()]
+
+    def clip_masked(*_):
+        torch.nn.utils.clip_grad_norm_(after.parameters(), 0.1)
+
     for model in (before, after):
         start = [p.detach().clone() for p in model.parameters()]
         opt = torch.optim.SGD(model.named_parameters(), lr=1.0)
@@ -275,7 +278,7 @@ def test_clipping_before_masking_and_after():
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             norm = torch.nn.utils.get_total_norm(gradients)
         else:
-            opt.register_step_pre_hook(lambda opt, *_: torch.nn.utils.clip_grad_norm_(after.parameters(), 0.1) and None)
+            opt.register_step_pre_hook(clip_masked)
             norm = torch.nn.utils.get_total_norm(masked)
         opt.step()
         for p, old, g in zip(model.parameters(), start, masked, strict=True):
