@@ -272,7 +272,7 @@ class GradDropAdamW(Optimizer):
                 raise
 
     def _hold_clock(self) -> None:
-        # never read: where a state dict is flattened, torch loads the entries that the groups have by then, and no other
+        # never read: from a flattened state dict torch loads the entries that groups have by then, and no others
         for group in self.param_groups:
             group.update(self._clock.state())
 

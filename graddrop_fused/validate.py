@@ -11,7 +11,7 @@ from .contract import Effect
 from .names import canonical_name
 from .plan import Layers, Member, members, policy_of, static_mask
 from .policies import GradDrop, Policy, StaticMask
-from .shards import gradient_problem, local, shard_of
+from .shards import gradient_problem, local
 
 EFFECTS = tuple(effect.name.lower() for effect in Effect)
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -95,10 +95,7 @@ def groups(param_groups: Sequence[Mapping[str, Any]]) -> None:
     every = members(param_groups)
     Layers.of(param_groups)
     for member in every:
-        try:
-            shard_of(member.param)
-        except ValueError as error:
-            raise ValueError(f"parameter {_called(member)} {error}") from None
+        member.shard()
         static_mask(param_groups[member.group], member)
     names = {member.name for member in every}
     for group in param_groups:
@@ -132,11 +129,7 @@ def gradient(member: Member, grad: Tensor | None) -> None:
 
 
 def _refuse(member: Member, problem: str) -> None:
-    raise ValueError(f"the gradient of parameter {_called(member)} {problem}")
-
-
-def _called(member: Member) -> str:
-    return repr(member.name or (member.group, member.index))
+    raise ValueError(f"the gradient of parameter {member.called} {problem}")
 
 
 def _check_param(name: str | None, param: Any) -> None:

@@ -250,11 +250,18 @@ def test_fully_sharded_data_parallel_is_refused():
 
 
 def flat_parameters(rank, world):
+    message = "flat parameter of FullyShardedDataParallel.* use FSDP2, torch.distributed.fsdp.fully_shard"
+    model = nn.Linear(5, 7)
+    opt = GradDropAdamW(model.named_parameters())  # made before, as Accelerate has it
+    model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    model(torch.ones(2, 5)).sum().backward()
+    with pytest.raises(ValueError, match="parameter 'weight' is a " + message):
+        opt.step()
+    assert opt.draw == 0 and not opt.state
     for use_orig_params in (True, False):
         model = FullyShardedDataParallel(
             nn.Linear(5, 7), use_orig_params=use_orig_params, device_id=torch.device("cpu")
         )
-        message = "flat parameter of FullyShardedDataParallel.* use FSDP2, torch.distributed.fsdp.fully_shard"
         with pytest.raises(ValueError, match=message):
             GradDropAdamW(model.named_parameters())
         with pytest.raises(ValueError, match=message):
