@@ -91,7 +91,7 @@ def like(param: Tensor, dtype: torch.dtype) -> Tensor:
 def shard_of(param: Tensor) -> Shard:
     """Where the local part of ``param`` lies in its whole parameter.
 
-    Raises ValueError, saying what would be right, if that cannot be known.
+    Raises ValueError if that cannot be known. Its text goes on from "parameter NAME".
     """
     if getattr(param, "_fsdp_flattened", False):
         raise ValueError(
