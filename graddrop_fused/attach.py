@@ -11,7 +11,7 @@ from .checkpoint import CLOCK
 from .clock import Clock
 from .plan import Bucket, Group, Layers, host_tables, make_buckets, members, packed_groups, policy_of, rows_at
 from .policies import Policy, policy_from_state
-from .shards import local, local_gradient
+from .shards import local, local_gradient, placed_like
 
 _NO_ARITHMETIC = {
     "lr": 0.0,
@@ -148,13 +148,17 @@ class MaskHandle:
             )
             self._key = key
         for bucket in self._buckets:
-            own = [_writable(every[i].param) for i in bucket.positions]
-            bucket.batch.grads = [local_gradient(every[i].param, g) for i, g in zip(bucket.positions, own, strict=True)]
+            owners = [every[i].param for i in bucket.positions]
+            bucket.batch.grads = [local_gradient(param, _in_place(param)) for param in owners]
         return self._buckets
 
 
-def _writable(param: Tensor) -> Tensor:
-    """The gradient of ``param``, of its own memory: an expanded gradient cannot be masked in place."""
-    if validate.expanded(local(param.grad)):
-        param.grad = param.grad.clone(memory_format=torch.contiguous_format)
-    return param.grad
+def _in_place(param: Tensor) -> Tensor:
+    """The gradient of ``param``, where masks reach it: of its own memory (an expanded one is copied), and lying like
+    its parameter (a DTensor that does not is put there first, as the optimizer would)."""
+    grad = placed_like(param, param.grad)
+    if validate.expanded(local(grad)):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+    if grad is not param.grad:
+        param.grad = grad
+    return grad

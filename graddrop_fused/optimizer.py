@@ -263,12 +263,18 @@ class GradDropAdamW(Optimizer):
         """As torch's, with ``drop``, ``effect`` and ``layer`` in the group. Raises before anything changes."""
         super().add_param_group(validate.new_group(param_group, self.defaults, self.param_groups))
         self._forget()
+        self._hold_clock()
         if self._constructed:
             try:
                 validate.groups(self.param_groups)
             except (TypeError, ValueError):
                 self.param_groups.pop()
                 raise
+
+    def _hold_clock(self) -> None:
+        # never read: from a flattened state dict torch loads the entries that groups have by then, and no others
+        for group in self.param_groups:
+            group.update(self._clock.state())
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Groups carry policies as plain numbers and strings, and seed, draw, epoch, steps_per_epoch."""
@@ -290,6 +296,7 @@ class GradDropAdamW(Optimizer):
         super().load_state_dict(plain)
         self._forget()
         self._clock = clock
+        self._hold_clock()
         for group, policy, saved in zip(self.param_groups, policies, state_dict["param_groups"], strict=True):
             group["drop"] = policy
             for param, index in zip(group["params"], saved["params"], strict=True):

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from . import mask_stream
 from .clock import Clock, row_at
-from .contract import Batch, Effect, Integer, Mask, Real
+from .contract import Batch, Effect, Integer, Mask, Real, Shard
 from .names import canonical_name, check_distinct, stream_id
 from .policies import KEEP, Policy, Row, StaticMask
-from .shards import local, shard_of
+from .shards import local, shard_of, whole_shape
 
 Group = dict[str, Any]
 
@@ -31,6 +31,18 @@ class Member:
     index: int  # in its group
     name: str | None  # canonical
     stream: int  # counter word 3 of its element masks
+
+    @property
+    def called(self) -> str:
+        """What errors call it: its name, or (group, index)."""
+        return repr(self.name or (self.group, self.index))
+
+    def shard(self) -> Shard:
+        """Where its local part lies. Raises ValueError if that cannot be known."""
+        try:
+            return shard_of(self.param)
+        except ValueError as error:
+            raise ValueError(f"parameter {self.called} {error}") from None
 
 
 def members(groups: Sequence[Group]) -> list[Member]:
@@ -157,7 +169,7 @@ def make_buckets(
             layers.streams[layers.of_group[m.group]] if is_layerwise(groups[m.group]) else m.stream for m in chosen
         ]
         own_rescale = [own_rescale_of(groups[m.group], mask) for m, mask in zip(chosen, static, strict=True)]
-        shards = [shard_of(m.param) for m in chosen]
+        shards = [m.shard() for m in chosen]
         buckets.append(
             Bucket(
                 backend=backend,
@@ -238,12 +250,13 @@ def static_mask(group: Group, member: Member) -> Tensor | None:
     if not isinstance(policy, StaticMask):
         return None
     mask = policy.mask_of(member.name, member.index, len(group["params"]))
+    shape = whole_shape(member.param)
     if mask is None:
-        return torch.ones(member.param.shape, dtype=torch.bool)
-    if mask.shape != member.param.shape:
+        return torch.ones(shape, dtype=torch.bool)
+    if mask.shape != shape:
         raise ValueError(
-            f"StaticMask's mask of parameter {member.name or member.index!r} must have its shape "
-            f"{tuple(member.param.shape)}, got {tuple(mask.shape)}"
+            f"StaticMask's mask of parameter {member.name or member.index!r} must have its whole shape {shape}, "
+            f"got {tuple(mask.shape)}"
         )
     return mask
 
@@ -255,6 +268,6 @@ def own_rescale_of(group: Group, mask: Tensor | None) -> float:
     return mask.numel() / int(mask.sum())
 
 
-def _pack_local(mask: Tensor, shard, device: torch.device) -> Tensor:
+def _pack_local(mask: Tensor, shard: Shard, device: torch.device) -> Tensor:
     whole = mask.detach().to(device).reshape(-1)
     return mask_stream.pack_mask(whole[shard.elements(0, shard.numel, device)])

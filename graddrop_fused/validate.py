@@ -11,7 +11,7 @@ from .contract import Effect
 from .names import canonical_name
 from .plan import Layers, Member, members, policy_of, static_mask
 from .policies import GradDrop, Policy, StaticMask
-from .shards import local
+from .shards import gradient_problem, local
 
 EFFECTS = tuple(effect.name.lower() for effect in Effect)
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -91,10 +91,11 @@ def new_group(
 
 
 def groups(param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """What only all groups together can show: colliding ids, StaticMasks that fit nothing, mixed capturable."""
+    """What only groups show: colliding ids, shards of unknown place, StaticMasks that fit nothing, mixed capturable."""
     every = members(param_groups)
     Layers.of(param_groups)
     for member in every:
+        member.shard()
         static_mask(param_groups[member.group], member)
     names = {member.name for member in every}
     for group in param_groups:
@@ -122,10 +123,13 @@ def gradient(member: Member, grad: Tensor | None) -> None:
         _refuse(member, f"must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}")
     if grad.device != param.device:
         _refuse(member, f"must be on its parameter's device {param.device}, got {grad.device}")
+    problem = gradient_problem(param, grad)
+    if problem is not None:
+        _refuse(member, problem)
 
 
 def _refuse(member: Member, problem: str) -> None:
-    raise ValueError(f"the gradient of parameter {member.name or (member.group, member.index)!r} {problem}")
+    raise ValueError(f"the gradient of parameter {member.called} {problem}")
 
 
 def _check_param(name: str | None, param: Any) -> None:
