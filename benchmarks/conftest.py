@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from benchmarks import cases, harness, run
+from benchmarks import cases, harness, results, run
 from graddrop_fused import cpu
 
 PACKAGES = ("graddrop_fused", "torch", "triton", "transformers", "pytest-benchmark")
@@ -29,12 +29,12 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def result_of(request):
     """A function: case -> its Result. All contestants of a case are timed together, when the first is asked for."""
-    results, options = request.config.stash[RESULTS], request.config.option
+    known, options = request.config.stash[RESULTS], request.config.option
 
     def result(case: cases.Case) -> run.Result:
-        if case.name not in results:
-            results[case.name] = case, run.run(case, cases.SIZES[options.size], options.device, options.turns)
-        return results[case.name][1]
+        if case.name not in known:
+            known[case.name] = case, run.run(case, cases.SIZES[options.size], options.device, options.turns)
+        return known[case.name][1]
 
     return result
 
@@ -53,21 +53,7 @@ def pytest_benchmark_update_json(config, output_json):
     output_json["suite"] = {
         "size": config.option.size,
         "device": config.option.device,
-        "cases": {
-            name: {
-                "question": case.question,
-                "base": case.base,
-                "x": case.x,
-                "dtype": str(case.dtype).removeprefix("torch."),
-                "state_dtype": str(case.state_dtype or case.dtype).removeprefix("torch."),
-                "elements": result.elements,
-                "tensors": result.tensors,
-                "threads": result.threads,
-                "red": result.red,
-                "missing": result.missing,
-            }
-            for name, (case, result) in config.stash[RESULTS].items()
-        },
+        "cases": [results.facts(case, result) for case, result in config.stash[RESULTS].values()],
     }
 
 

@@ -13,7 +13,7 @@ import torch
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
     """(median, lower quartile, upper quartile)."""
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return middle, low, high
 
 
@@ -63,15 +63,17 @@ def take_turns(
     return Timing(seconds)
 
 
-def machine() -> str:
-    """The processor, its threads in use and torch's version, in one line."""
+def machine(threads: int | None = None) -> str:
+    """The processor, its threads in use (torch's if not given) and torch's version, in one line."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = f"{models[0]} ({len(models)} cores)" if models else name
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__} ({capability})"
+    threads = threads or torch.get_num_threads()
+    threads = "one thread" if threads == 1 else f"{threads} threads"
+    return f"{name}, {threads}, torch {torch.__version__} ({capability})"
 
 
 def assert_close(name: str, actual: list[torch.Tensor], expected: list[torch.Tensor], rtol: float, atol: float) -> None:
