@@ -55,10 +55,10 @@ class Sample:
         self.saved = [[view.clone() for view in views] for views in self.views]
 
     def restore(self) -> None:
-        """Known values; the first moment is zero."""
+        """Known values; the first moment is zero, outside the sample too: Magma's step depends on all of it."""
         for views, saved in zip(self.views, self.saved, strict=True):
             torch._foreach_copy_(views, saved)
-        torch._foreach_zero_(self.views[2])
+        torch._foreach_zero_(self.tensors.exp_avgs)
 
     def read(self) -> Values:
         return Values(*(torch.cat(views).to("cpu", torch.float64) for views in self.views))

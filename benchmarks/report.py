@@ -127,8 +127,8 @@ def section(run: Run, question: str) -> list[str]:
         parts += [f"**{case.name}**: {facts(case)}", _measured(case)]
         if case.memory:
             parts += [
-                "Memory of one step beyond what it holds already (packed masks: 1/8 byte per element; magma-optimizer: a"
-                " momentum of its own), from torch's allocator:",
+                "Memory of one step beyond what it holds already (packed masks: 1/8 byte per element; magma-optimizer:"
+                " a momentum of its own), from torch's allocator:",
                 _memory_table(case),
             ]
     return parts

@@ -210,6 +210,6 @@ def test_ratios_are_of_the_same_turn():
 
 def test_populations_are_the_models():
     assert sum(map(math.prod, populations.shapes("llama-7b", None))) == 6_738_415_616
-    # XLM-R Large has 559,890,432 parameters; the head's dense layer is the pooler's size, and its output makes 2 classes
+    # XLM-R Large has 559,890,432; the head's dense layer is the pooler's size, and its output makes 2 classes
     assert sum(map(math.prod, populations.shapes("xlmr-large", None))) == 559_890_432 + 2 * 1024 + 2
     assert sum(map(math.prod, populations.shapes("llama-7b", 202_383_360))) == 202_383_360
