@@ -58,5 +58,10 @@ def _not_importable(module: str) -> str | None:
     except ModuleNotFoundError as error:
         return "not installed" if error.name == module.partition(".")[0] else f"needs {error.name}"
     except Exception as error:  # whatever a broken installation raises is its reason, and others are timed still
-        return f"does not import ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        return f"does not import ({describe(error)})"
     return None
+
+
+def describe(error: Exception) -> str:
+    """Type and first line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

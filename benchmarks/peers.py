@@ -89,7 +89,9 @@ def apex(tensors: Tensors):
 def flashoptim(tensors: Tensors):
     from flashoptim import FlashAdamW
 
-    return FlashAdamW(tensors.params, lr=LR, weight_decay=1e-2).step
+    # it keeps corrections to low-precision parameters, and refuses to for float32 ones
+    bits = None if tensors.dtype == torch.float32 else 24
+    return FlashAdamW(tensors.params, lr=LR, weight_decay=1e-2, master_weight_bits=bits).step
 
 
 def torchao(tensors: Tensors):

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import harness, memory
 from benchmarks.cases import Case, Size
-from benchmarks.contestant import LR
+from benchmarks.contestant import LR, describe
 from benchmarks.gate import Red, Sample
 from benchmarks.memory import Memory
 
@@ -52,7 +52,14 @@ def _run(case: Case, size: Size, device: str, turns: int | None) -> Result:
         if reason := contestant.missing():
             result.missing[name] = reason
             continue
-        step = contestant.build(tensors)
+        try:
+            step = contestant.build(tensors)
+        except Exception as error:
+            if contestant.module is None:
+                raise
+            # a peer that compiles itself when first used may fail here; the others are timed still
+            result.missing[name] = f"does not run ({describe(error)}): {contestant.install}"
+            continue
         try:
             contestant.claim.check(name, step, samples[tensors.state_dtype], LR)
         except Red as error:

@@ -138,6 +138,21 @@ def test_a_red_gate_reports_no_speed(contestant):
     assert "| wrong |" not in report.table(found)
 
 
+def test_a_peer_that_does_not_run_is_listed_with_how_to_get_it():
+    def broken(tensors):
+        raise RuntimeError("no compiler\nand more")
+
+    absent = Contestant("absent", broken, module="no_such_module.part", install="pip install it")
+    fails = Contestant("fails", broken, module="json", install="pip install it")
+    case = cases.case("case", "question", [BASE, absent, fails], lambda n: [(n,)])
+    result = run.run(case, cases.SIZES["smoke"])
+    assert result.missing == {
+        "absent": "not installed: pip install it",
+        "fails": "does not run (RuntimeError: no compiler): pip install it",
+    }
+    assert list(result.timing.seconds) == [BASE]
+
+
 def test_without_its_base_a_case_has_no_ratios():
     case = cases.case("case", "question", [WRONG["does nothing"], BASE], lambda n: [(n,)], base="wrong")
     result = run.run(case, cases.SIZES["smoke"])
