@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt  # noqa: E402  the backend must be chosen f
 from benchmarks import cases  # noqa: E402
 from benchmarks.ours import BLOCK, DRAWN, FLOOR, FROZEN_BLOCKS, NO_MASK, PACKED, SHARES  # noqa: E402
 from benchmarks.peers import BASE, COMPOSED  # noqa: E402
-from benchmarks.results import Run  # noqa: E402
+from benchmarks.results import CaseResult, Run  # noqa: E402
 
 COLOURS = {
     DRAWN: "tab:blue",
@@ -35,7 +35,7 @@ def side_by_side(run: Run, path: Path) -> bool:
     case = run.cases.get("peers")
     if case is None or not case.has(BASE):
         return False
-    names = sorted((name for name in case.names if name != FLOOR), key=lambda name: -case.ratio(name)[0])
+    names = sorted((name for name in case.names if name != FLOOR), key=lambda name: case.ratio(name)[0])
     ours = {c.name for c in cases.OURS}
     figure, axes = plt.subplots(figsize=(9, 0.36 * len(names) + 1.3), layout="constrained")
     for y, name in enumerate(names):
@@ -51,7 +51,7 @@ def side_by_side(run: Run, path: Path) -> bool:
     _plain(axes.xaxis)
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel(f"time / {BASE}, median and quartiles (ours blue)")
-    axes.set_title(f"One step on {case.elements / 1e6:.0f} M {case.dtype} elements, {case.threads} threads")
+    axes.set_title(f"One step: {_size(case)}, {case.dtype}, threads: {case.threads}")
     axes.legend(loc="lower right", fontsize="small")
     return _save(figure, path)
 
@@ -70,12 +70,12 @@ def by_case(run: Run, path: Path) -> bool:
             axes.errorbar(ratio[0], y, xerr=_band(ratio), fmt="o", markersize=4.5, capsize=2, color=COLOURS[name])
         axes.plot([], [], "o", color=COLOURS[name], label="streaming floor" if name == FLOOR else name)
     axes.axvline(1, color="tab:red", linewidth=1)
-    axes.set_yticks(range(len(rows)), [f"{case.name}\n{case.elements / 1e6:.0f} M, {case.tensors}" for case in rows])
+    axes.set_yticks(range(len(rows)), [f"{case.name}\n{_size(case)}" for case in rows], fontsize="small")
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.set_xlabel("time / torch fused on the same tensors, median and quartiles")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.45, -0.12), ncols=3)
+    figure.legend(fontsize="small", loc="outside lower center", ncols=3)
     return _save(figure, path)
 
 
@@ -150,6 +150,11 @@ def _line(axes, points: list[tuple[float, tuple[float, float, float]]], label: s
         middle, low, high = zip(*ratio, strict=True)
         axes.plot(x, middle, "o-", markersize=4, color=colour, label=label)
         axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _size(case: CaseResult) -> str:
+    tensors = "one tensor" if case.tensors == 1 else f"{case.tensors:,} tensors"
+    return f"{case.elements / 1e6:.3g} M elements, {tensors}"
 
 
 def _plain(axis) -> None:

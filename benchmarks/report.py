@@ -28,7 +28,7 @@ HEADLINES = [
 ]
 CAPTIONS = {
     "side-by-side": "Everybody on the same tensors.",
-    "by-case": "By population, dtype and threads; labels give elements and tensors. bfloat16 with float32 state is"
+    "by-case": "By population, dtype and threads. bfloat16 with float32 state is"
     " compared with torch's own bfloat16 state.",
     "growth": "As p, elements and tensors grow; bands are quartiles.",
     "roofline": "Time over traffic. The memory's line is what the streaming floor reaches; the others are what our"
