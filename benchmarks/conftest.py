@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import cases, harness, results, run
-from graddrop_fused import cpu
+from graddrop_fused import cpu, triton_backend
 
 PACKAGES = ("graddrop_fused", "torch", "triton", "transformers", "pytest-benchmark")
 PEER_PACKAGES = ("dropgrad", "magma-optimizer", "pytorch-optimizer", "deepspeed")
@@ -24,6 +24,13 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[RESULTS] = {}
+
+
+def pytest_sessionstart(session):
+    device = torch.device(session.config.option.device)
+    backend = cpu if device.type == "cpu" else triton_backend
+    if reason := backend.unavailable(device):
+        pytest.exit(f"nothing to time: {reason}", 1)
 
 
 @pytest.fixture(scope="session")
