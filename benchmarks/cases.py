@@ -41,7 +41,7 @@ class Size:
 SIZES = {
     "smoke": Size("smoke", 0, 2, 2),  # all of the code in seconds: tests
     "quick": Size("quick", 2.5, 9, 51),
-    "full": Size("full", 12, 15, 151),
+    "full": Size("full", 8, 15, 151),
 }
 
 
