@@ -107,6 +107,9 @@ class Claim:
             expected = _adamw(old, noise * old.g, lr)
         elif self.effect == "update":
             kept = new.p != old.p
+            if self.unit is None:  # decay and step may cancel in an element that is kept
+                pieces = kept.split(sample.sizes)
+                kept = torch.cat([(mask.double().mean() > 0.5).expand_as(mask) for mask in pieces])
             expected = _adamw(old, old.g, lr)
             expected.p = torch.where(kept, old.p + scale * (expected.p - old.p), old.p)
         elif self.p == 0.0:

@@ -111,12 +111,27 @@ WRONG = {
     "momentum moves what it claims to freeze": Contestant(
         "wrong", masked_by(drop), Claim(p=0.1, effect="freeze"), spoils_gradients=True
     ),
+    "half of a tensor moves": Contestant(
+        "wrong", lambda t: half_of_it(t), Claim(p=None, rescale=1.0, effect="update", unit=None)
+    ),
     "a mask, not noise": Contestant("wrong", masked_by(drop), Claim(p=0.3, gaussian=True), spoils_gradients=True),
     "masks with another share": Contestant("wrong", lambda t: lambda: [p > 9 for p in t.params], MaskClaim(0.1)),
     "masks of another stream": Contestant(
         "wrong", lambda t: lambda: [torch.rand(p.shape) >= 0.1 for p in t.params], MaskClaim(0.1, reference=True)
     ),
 }
+
+
+def half_of_it(tensors):
+    whole = fused(tensors)
+    before = [p.detach()[: len(p) // 2].clone() for p in tensors.params]
+
+    def step():
+        whole.step()
+        for param, old in zip(tensors.params, before, strict=True):
+            param.detach()[: len(old)].copy_(old)
+
+    return step
 
 
 def two_steps(whole):
