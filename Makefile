@@ -15,7 +15,7 @@ lint: .venv/requirements
 	$(RUN) ruff format --check
 
 bench: .venv/op
-	$(RUN) benchmarks.step $(ARGS)
+	$(RUN) benchmarks $(ARGS)
 
 fuzz: export GRADDROP_FUZZ ?= 10000
 fuzz: .venv/op

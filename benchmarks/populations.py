@@ -1,6 +1,7 @@
 """Tensor shapes that optimizer steps are timed on."""
 
 import math
+from functools import cache
 
 Shape = tuple[int, ...]
 
@@ -33,6 +34,7 @@ def shapes(name: str, elements: int | None) -> list[Shape]:
     return chosen
 
 
+@cache
 def _xlm_roberta(width: int, layers: int, heads: int) -> list[Shape]:
     """The parameters of XLM-R for sequence classification, built without memory for them."""
     import torch
@@ -52,9 +54,16 @@ def _xlm_roberta(width: int, layers: int, heads: int) -> list[Shape]:
     return [tuple(p.shape) for p in model.parameters()]
 
 
+def _llama_7b() -> list[Shape]:
+    """Llama 7B's parameters: 32 layers of width 4096 with untied embeddings."""
+    layer = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)] + [(4096,)] * 2
+    return [*layer * 32, (4096,), (32000, 4096), (32000, 4096)]
+
+
 POPULATIONS = {
     "xlmr-large": lambda: _xlm_roberta(1024, 24, 16),
     "xlmr-base": lambda: _xlm_roberta(768, 12, 12),
+    "llama-7b": _llama_7b,
     "small": lambda: [(1000,)] * 1000,
     "huge": lambda: [(256 << 20,)],
 }

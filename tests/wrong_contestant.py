@@ -1,0 +1,15 @@
+"""A pytest plugin that puts a case with a wrong contestant into the benchmark suite: `-p tests.wrong_contestant`."""
+
+from benchmarks import cases
+from benchmarks.contestant import Contestant
+from benchmarks.peers import BASE, fused
+
+
+def no_decay(tensors):
+    optimizer = fused(tensors)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    return optimizer.step
+
+
+WRONG = Contestant("torch fused, no decay", no_decay)
+cases.CASES.insert(0, cases.case("wrong", cases.PEER_TIMES, [BASE, WRONG], quick=1000))
