@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .capture import capturing, check_not_capturing, to_device
 from .contract import Batch, Integer, Layout, Mask, layout_row
 
 _OLDEST = (3, 5)
@@ -161,15 +162,9 @@ def _numbers(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Batch.integers and Batch.reals on the device, from the host in one copy that nothing waits for."""
     if batch.integers.device == device:
         return batch.integers, batch.reals
-    if _capturing(device):
-        raise RuntimeError("a captured step needs its tables on the device: make the optimizer with capturable=True")
     size = batch.integers.numel()
-    # a new pinned block each time: the host may be steps ahead of the copies
-    host = torch.empty(size + batch.reals.numel(), dtype=torch.int64, pin_memory=True)
-    host[:size].view_as(batch.integers).copy_(batch.integers)
-    host[size:].view(torch.float64).view_as(batch.reals).copy_(batch.reals)
-    there = host.to(device, non_blocking=True)
-    return there[:size], there[size:].view(torch.float64)
+    both = to_device(torch.cat([batch.integers.reshape(-1), batch.reals.reshape(-1).view(torch.int64)]), device)
+    return both[:size], both[size:].view(torch.float64)
 
 
 @dataclass
@@ -185,8 +180,7 @@ class _Tables:
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> "_Tables":
-        if _capturing(device):
-            raise RuntimeError("take at least one step outside of CUDA graph capture first: it builds device tables")
+        check_not_capturing()
         counts = torch.tensor([-(-shard.numel // CHUNK) for shard in batch.shards])
         tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
         start = (torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]) * CHUNK
@@ -196,7 +190,7 @@ class _Tables:
     def layout_now(self, batch: Batch) -> Tensor:
         """The layout table with the gradients' places of now."""
         places, device = _places(batch), self.chunks.device
-        if _capturing(device):
+        if capturing():
             return self._layout_for_graph(batch, places)
         if places != self.places:
             if self.in_graph:
@@ -234,7 +228,3 @@ def _places(batch: Batch) -> list:
 
 def _pinned(host: Tensor, device: torch.device) -> Tensor:
     return host if device.type == "cpu" else host.pin_memory()
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

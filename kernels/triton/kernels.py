@@ -107,13 +107,13 @@ def locate(local, row, STRIDE: tl.constexpr):
     return offset + rest * tl.load(row + STRIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def adamw_kernel(
     chunks,  # (programs, 2), int64: tensor, first local element
     layout,  # (tensors, 33), int64: contract.Layout
     integers,  # (tensors, 7), int64: contract.Integer
     reals,  # (tensors, 9), float64: contract.Real
-    seed,  # 64 bits
+    seed: tl.uint64,
     grad_scale,  # one float, or None without AMP
     found_inf,  # one float, or None without AMP
     PARAM_DTYPE: tl.constexpr,
@@ -257,13 +257,13 @@ def adamw_elements(
             tl.store(vmax_ptr, vmax.to(STATE_DTYPE), mask=vmax_live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def mask_grads_kernel(
     chunks,
     layout,
     integers,
     reals,
-    seed,
+    seed: tl.uint64,
     GRAD_DTYPE: tl.constexpr,
     KINDS: tl.constexpr,
     TILES: tl.constexpr,
@@ -316,12 +316,12 @@ def mask_grads_kernel(
         tl.store(g_ptr, tl.where(kept, g, 0.0).to(GRAD_DTYPE), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def pack_kernel(
     chunks,
     layout,
     integers,
-    seed,
+    seed: tl.uint64,
     KINDS: tl.constexpr,
     TILES: tl.constexpr,
     VECTOR: tl.constexpr,
