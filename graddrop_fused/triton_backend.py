@@ -96,7 +96,7 @@ def shape(dtypes: Sequence[torch.dtype], warp_size: int) -> dict[str, int]:
     A thread takes 16 bytes of the smallest dtype at a time, and as many elements of the others in one or two accesses:
     values of different dtypes meet in the same thread.
     """
-    vector = 16 // min(dtype.itemsize for dtype in dtypes)
+    vector = max(4, 16 // min(dtype.itemsize for dtype in dtypes))  # float64 takes two accesses
     threads = WARPS * warp_size
     return {"TILES": threads * vector // 32, "VECTOR": vector, "GENERAL": threads, "CHUNK": CHUNK, "num_warps": WARPS}
 

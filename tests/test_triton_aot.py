@@ -71,6 +71,9 @@ def test_launches_compile_as_they_are_made(monkeypatch):
             optimizer.step()
             optimizer.grad_scale = torch.full((), 2.0, device=fake_gpu.DEVICE)
             optimizer.step()
+        captured = GradDropAdamW(params, drop=GradDrop(0.5), capturable=True, backend="triton")
+        captured.grad_scale = captured.found_inf = torch.zeros((), device=fake_gpu.DEVICE)
+        captured.step()
         epochs = GradDropAdamW(params, drop=GradDropEpoch(0.5), steps_per_epoch=3, seed=1, backend="triton")
         epochs.step()
         sgd = torch.optim.SGD(params)
@@ -80,5 +83,5 @@ def test_launches_compile_as_they_are_made(monkeypatch):
     assert all("cubin" in kernel.asm for _, _, kernel in gpu.launches)
     # one kernel, whatever the seed
     assert all(k is adamw for _, _, k in gpu.launches[2:8:2]) and all(k is scaled for _, _, k in gpu.launches[3:8:2])
-    names = ["adamw_kernel"] * 8 + ["pack_kernel", "adamw_kernel", "mask_grads_kernel"]
+    names = ["adamw_kernel"] * 9 + ["pack_kernel", "adamw_kernel", "mask_grads_kernel"]
     assert [(name, grid) for name, grid, _ in gpu.launches] == [(name, (2,)) for name in names]
