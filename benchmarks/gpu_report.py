@@ -4,7 +4,7 @@
 
 Compiler-derived predictions only: nothing here was timed on a GPU, and none is needed. Each variant is compiled ahead
 of time for sm_80, sm_90, sm_100 and gfx942 with the options of a real launch. SASS comes from the disassembler in
-Triton's wheel; for gfx942 registers, spills and access widths come from the AMDGCN assembly.
+Triton's wheel; for gfx942 the AMDGCN assembly says the same.
 
 The model: one pass of the full-chunk loop moves BYTES per element once between memory and SM. A limit is the share of
 the memory's rate at which that resource alone would run: above 1 it is not the bottleneck. Branches inside a pass are
@@ -22,17 +22,18 @@ from pathlib import Path
 import torch
 
 from graddrop_fused import triton_backend
-from graddrop_fused.contract import Mask
+from graddrop_fused.contract import Effect, Mask
 
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = {"fp32": (F32, F32, F32), "bf16, fp32 state": (BF16, BF16, F32), "bf16": (BF16, BF16, BF16)}
 MASKS = {
-    "none": Mask.KEEP,
-    "element": Mask.ELEMENT,
-    "block": Mask.BLOCK,
-    "packed": Mask.PACKED,
-    "layer": Mask.LAYER,
-    "gaussian": Mask.GAUSSIAN,
+    "none": [Mask.KEEP],
+    "element": [Mask.ELEMENT],
+    "block": [Mask.BLOCK],
+    "packed": [Mask.PACKED],
+    "layer": [Mask.LAYER],
+    "gaussian": [Mask.GAUSSIAN],
+    "all": list(Mask),
 }
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -62,21 +63,49 @@ class Variant:
     mask: str
     dtypes: str
     amsgrad: bool = False
+    effects: int = 1 << Effect.GRADIENT
+    kernel: str = "adamw"
 
     @property
     def kinds(self) -> int:
-        return 1 << MASKS[self.mask]
+        return sum(1 << kind for kind in MASKS[self.mask])
 
     @property
     def bytes_per_element(self) -> float:
         param, grad, state = (dtype.itemsize for dtype in DTYPES[self.dtypes])
+        if self.kernel == "pack":
+            return 1 / 8
+        if self.kernel == "mask_grads":
+            return 2 * grad
         return 2 * param + grad + (6 if self.amsgrad else 4) * state + (1 / 8 if self.mask == "packed" else 0)
 
+    def sizes(self, warp_size: int) -> dict[str, int]:
+        if self.kernel == "pack":
+            return triton_backend.pack_shape(warp_size)
+        dtypes = DTYPES[self.dtypes]
+        return triton_backend.shape(dtypes if self.kernel == "adamw" else dtypes[1:2], warp_size)
+
+    @property
+    def elements_per_thread(self) -> int:
+        """Of a pass."""
+        return 128 if self.kernel == "pack" else 4 * self.sizes(32)["VECTOR"]
+
     def __str__(self) -> str:
-        return f"{self.mask}, {self.dtypes}{', amsgrad' if self.amsgrad else ''}"
+        effects = "" if self.effects == 1 << Effect.GRADIENT else ", freeze" if self.effects == 2 else ", any effect"
+        dtypes = "" if self.kernel == "pack" else f", {self.dtypes}"
+        name = "" if self.kernel == "adamw" else f"{self.kernel}: "
+        return f"{name}{self.mask}{dtypes}{', amsgrad' if self.amsgrad else ''}{effects}"
 
 
-VARIANTS = [Variant(m, d) for m in MASKS for d in DTYPES] + [Variant("element", "fp32", amsgrad=True)]
+FREEZE, ANY = 1 << Effect.FREEZE, (1 << len(Effect)) - 1
+VARIANTS = [
+    *(Variant(m, d, effects=FREEZE if m == "block" else 1) for m in MASKS if m != "all" for d in DTYPES),
+    *(Variant("element", d, amsgrad=True) for d in DTYPES),
+    *(Variant("element", d, effects=ANY) for d in DTYPES),
+    *(Variant("all", d, effects=ANY) for d in DTYPES),
+    *(Variant("element", d, kernel="mask_grads") for d in ("fp32", "bf16")),
+    Variant("element", "fp32", kernel="pack"),
+]
 
 
 @dataclass(frozen=True)
@@ -96,19 +125,25 @@ def compile_variant(variant: Variant, target: str):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from graddrop_fused.kernels.triton.kernels import adamw_kernel
+    from graddrop_fused.kernels.triton import kernels
 
     amd = target.startswith("gfx")
-    dtypes = DTYPES[variant.dtypes]
-    constants = dict(zip(("PARAM_DTYPE", "GRAD_DTYPE", "STATE_DTYPE"), (_tl(tl, d) for d in dtypes), strict=True))
-    constants |= {"grad_scale": None, "found_inf": None, "KINDS": variant.kinds, "AMSGRAD": variant.amsgrad}
-    constants |= triton_backend.shape(dtypes, 64 if amd else 32)
-    types = {"chunks": "*i64", "layout": "*i64", "integers": "*i64", "reals": "*fp64", "seed": "i64"}
-    signature = {name: types.get(name, "constexpr") for name in adamw_kernel.arg_names}
+    kernel = getattr(kernels, f"{variant.kernel}_kernel")
+    dtypes = zip(("PARAM_DTYPE", "GRAD_DTYPE", "STATE_DTYPE"), DTYPES[variant.dtypes], strict=True)
+    sizes = variant.sizes(64 if amd else 32)
+    given = {name: _tl(tl, dtype) for name, dtype in dtypes} | sizes
+    given |= {"grad_scale": None, "found_inf": None, "KINDS": variant.kinds, "EFFECTS": variant.effects}
+    given["AMSGRAD"] = variant.amsgrad
+    types = {"chunks": "*i64", "layout": "*i64", "integers": "*i64", "reals": "*fp64", "seed": "u64"}
     return triton.compile(
-        ASTSource(adamw_kernel, signature, constexprs=constants),
+        ASTSource(
+            kernel,
+            {name: types.get(name, "constexpr") for name in kernel.arg_names},
+            constexprs={name: value for name, value in given.items() if name in kernel.arg_names},
+        ),
         target=GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32),
-        options=triton_backend.options(variant.kinds, variant.amsgrad, nvidia=not amd),
+        options={"num_warps": sizes["num_warps"]}
+        | triton_backend.options(variant.kinds, variant.amsgrad, sizes.get("VECTOR", 4), nvidia=not amd),
     )
 
 
@@ -119,24 +154,38 @@ def _tl(tl, dtype: torch.dtype):
 def examine(variant: Variant, target: str) -> Report:
     compiled = compile_variant(variant, target)
     if target.startswith("gfx"):
-        return _amdgcn(compiled.asm["amdgcn"])
-    vector = triton_backend.shape(DTYPES[variant.dtypes], 32)["VECTOR"]
-    return _sass(compiled.asm["cubin"], vector, inner_trips=vector // 2 if variant.mask == "element" else 1)
+        return _amdgcn(compiled.asm["amdgcn"], variant.elements_per_thread)
+    return _sass(compiled.asm["cubin"], variant.elements_per_thread)
 
 
-def _amdgcn(assembly: str) -> Report:
+def _amdgcn(assembly: str, elements: int) -> Report:
     def number(name):
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))
 
-    # a general pass accesses one element at a time: whatever is wider belongs to the full-chunk loop
+    lines = [line.split(";")[0].strip() for line in assembly.splitlines()]
+    lines = [line for line in lines if re.match(r"\.LBB\w+:$|[a-z]+_\w+(\s|$)", line)]
+    loop = full_chunk_loop(lines, r"(global|buffer)_store_dwordx[24]\b", AMD_BRANCH)
+    weights = loop_weights(loop, elements, AMD_BRANCH, r"v_(mad_u64_u32|mul_hi_u32)\b")
     widths = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
-    wide = Counter(widths[w] for w in re.findall(r"(?:global|buffer)_(?:load|store)_(dwordx[234])\b", assembly))
+    found = re.findall(r"(?:global|buffer)_(?:load|store)_(dwordx?[234]?|u?short|u?byte)\b", "\n".join(loop))
+    pipes: Counter = Counter()
+    for line, weight in zip(loop, weights, strict=True):
+        if not line.startswith(".L"):
+            name = line.split()[0]
+            pipes["VALU" if name.startswith("v_") else "SALU" if name.startswith("s_") else "memory"] += weight
     spills = number("vgpr_spill_count") + number("sgpr_spill_count")
     stack, shared = number("private_segment_fixed_size"), number("group_segment_fixed_size")
-    return Report(number("vgpr_count"), spills, stack, shared, wide, {})
+    return Report(
+        number("vgpr_count"),
+        spills,
+        stack,
+        shared,
+        Counter(widths.get(w, 2) for w in found),
+        {name: count / elements for name, count in pipes.items()},
+    )
 
 
-def _sass(cubin: bytes, vector: int, inner_trips: int) -> Report:
+def _sass(cubin: bytes, elements: int) -> Report:
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -147,8 +196,8 @@ def _sass(cubin: bytes, vector: int, inner_trips: int) -> Report:
         listing = _run(tools / "nvdisasm", "-c", file.name)
     lines = [re.sub(r"/\*.*?\*/", "", line).strip() for line in listing.splitlines()]
     lines = [line for line in lines if line.startswith(".L_") or line.endswith(";")]
-    loop = full_chunk_loop(lines)
-    weights = loop_weights(loop, inner_trips)
+    loop = full_chunk_loop(lines, r"\bSTG\.E\.(128|64)\b", NVIDIA_BRANCH)
+    weights = loop_weights(loop, elements, NVIDIA_BRANCH, r"IMAD\.(WIDE|HI)")
     names = [re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].rstrip(";") for line in loop]
     pipes: Counter = Counter()
     for name, weight in zip(names, weights, strict=True):
@@ -162,7 +211,7 @@ def _sass(cubin: bytes, vector: int, inner_trips: int) -> Report:
         resources["STACK"],
         resources["SHARED"],
         Counter(width(name) for name in names if name.startswith(("LDG", "STG"))),
-        {name: count / (4 * vector) for name, count in pipes.items()},
+        {name: count / elements for name, count in pipes.items()},
     )
 
 
@@ -170,28 +219,35 @@ def _run(*command) -> str:
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
 
 
-def full_chunk_loop(lines: list[str]) -> list[str]:
+NVIDIA_BRANCH = r"BRA[.\w]*\s.*?`\((\.L_\w+)\)"
+AMD_BRANCH = r"s_c?branch\w*\s+(\.LBB\w+)"
+
+
+def full_chunk_loop(lines: list[str], wide_store: str, branch: str) -> list[str]:
     """The outermost backward branch around the first store that is as wide as a vector."""
-    store = next(i for i, line in enumerate(lines) if re.search(r"\bSTG\.E\.(128|64)\b", line))
-    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L_")}
+    store = next(i for i, line in enumerate(lines) if re.search(wide_store, line))
+    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L")}
     spans = []
     for i, line in enumerate(lines):
-        target = re.search(r"BRA[.\w]*\s.*?`\((\.L_\w+)\)", line)
+        target = re.search(branch, line)
         if target and labels[target.group(1)] <= store <= i:
             spans.append((labels[target.group(1)], i))
     start, end = max(spans, key=lambda span: span[1] - span[0])
     return lines[start : end + 1]
 
 
-def loop_weights(loop: list[str], inner_trips: int) -> list[int]:
-    """How often a pass runs each line: inner_trips in a loop inside the loop, else once."""
-    labels = {line.rstrip(":"): i for i, line in enumerate(loop) if line.startswith(".L_")}
-    weights = [1] * len(loop)
+def loop_weights(loop: list[str], elements: int, branch: str, multiply: str) -> list[float]:
+    """How often a pass runs each line. A loop inside the loop draws: a counter takes some 20 wide multiplications and
+    serves four of the pass's ``elements`` per thread."""
+    labels = {line.rstrip(":"): i for i, line in enumerate(loop) if line.startswith(".L")}
+    weights = [1.0] * len(loop)
     for i, line in enumerate(loop[:-1]):
-        target = re.search(r"BRA[.\w]*\s.*?`\((\.L_\w+)\)", line)
+        target = re.search(branch, line)
         if target and 0 < labels.get(target.group(1), len(loop)) < i:
-            for inside in range(labels[target.group(1)], i + 1):
-                weights[inside] = inner_trips
+            inside = range(labels[target.group(1)], i + 1)
+            counters = round(sum(bool(re.search(multiply, loop[k])) for k in inside) / 20)
+            for k in inside if counters else ():
+                weights[k] = elements / 4 / counters
     return weights
 
 
@@ -235,10 +291,12 @@ def main() -> None:
     import triton
 
     print(f"Compiler-derived predictions (Triton {triton.__version__}); no GPU was timed.\n")
-    print("| variant | target | B/elem | widths | regs | spills | stack | shared | SASS/elem by pipe | limits |")
+    print(
+        "| variant | target | B/elem | widths | regs | spills | stack | shared | instructions/elem by pipe | limits |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for variant in VARIANTS:
-        if options.quick and variant.mask != "element":
+        if options.quick and str(variant) != f"element, {variant.dtypes}":
             continue
         for target in options.targets:
             r = examine(variant, target)

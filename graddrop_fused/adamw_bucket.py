@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import validate
 from .contract import Real
-from .plan import Bucket
+from .plan import Bucket, runs
 from .shards import like, local, local_gradient
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -99,7 +99,8 @@ class AdamWBucket(Bucket):
         counted = 1.0 if found_inf is None else (found_inf == 0).to(self.steps).reshape(())
         if self.absent:
             present = torch.ones_like(self.steps)
-            present[self.absent] = 0.0
+            for run in runs(self.absent):
+                present[run] = 0.0
             counted = counted * present
         self.steps += counted
         self.fill(integers, reals)

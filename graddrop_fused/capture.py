@@ -21,7 +21,7 @@ class DeviceRows:
 
     def __init__(self, groups: Sequence[dict[str, Any]], layers: Layers, clock: Clock, device: torch.device):
         def tensor(values, dtype=torch.int64):
-            return torch.tensor(values, dtype=dtype, device=device)
+            return to_device(torch.tensor(values, dtype=dtype), device)
 
         self.draw = tensor(clock.draw)
         self.epoch = tensor(_NO_EPOCH if clock.epoch is None else clock.epoch)
@@ -67,22 +67,49 @@ class DeviceRows:
             self.redraw_step, self.draw, torch.where(self.redraw_epoch, epoch, cycle)
         )
         for g, group in enumerate(groups):
-            if isinstance(group["lr"], Tensor):
+            if self._on_device(group["lr"]):
                 lr = group["lr"].to(reals).reshape(())
                 reals[g, Real.STEP_SIZE], reals[g, Real.DECAY] = lr, 1 - lr * group["weight_decay"]
         return integers, reals
+
+    def _on_device(self, lr: float | Tensor) -> bool:
+        return isinstance(lr, Tensor) and (lr.device.type != "cpu" or self.draw.device.type == "cpu")
 
     def _refresh(self, groups: Sequence[dict[str, Any]]) -> None:
         # host to device only when a hyperparameter changed: never during capture
         static = [
             (
                 integer_row(group, KEEP, 0),
-                real_row(group, KEEP, 0.0 if isinstance(group["lr"], Tensor) else group["lr"]),
+                real_row(group, KEEP, 0.0 if self._on_device(group["lr"]) else float(group["lr"])),
             )
             for group in groups
         ]
         if static != self.static:
             device = self.draw.device
-            self.integers = torch.tensor([integers for integers, _ in static], device=device)
-            self.reals = torch.tensor([reals for _, reals in static], dtype=torch.float64, device=device)
+            self.integers = to_device(torch.tensor([integers for integers, _ in static]), device)
+            self.reals = to_device(torch.tensor([reals for _, reals in static], dtype=torch.float64), device)
             self.static = static
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """``host`` on ``device``, by a copy that nothing waits for. Raises RuntimeError during CUDA graph capture."""
+    if device.type == "cpu":
+        return host
+    check_not_capturing()
+    # the allocator keeps the pinned block until the copy is done
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def capturing() -> bool:
+    """Is a CUDA graph being captured on the current stream?"""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def check_not_capturing() -> None:
+    """Raises RuntimeError where a CUDA graph is being captured: its replays would read stale memory of the host."""
+    if capturing():
+        raise RuntimeError(
+            "a step under CUDA graph capture needs its tables on the device already: make the optimizer with "
+            "capturable=True, and take a step outside of capture first and after every change of groups, "
+            "hyperparameters or gradients' dtypes"
+        )

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import checkpoint, dispatch, preview, validate
 from .adamw_bucket import AdamWBucket, moment_dtype, restore_state
-from .capture import DeviceRows
+from .capture import DeviceRows, check_not_capturing
 from .clock import Clock
 from .contract import Mask
 from .plan import Group, Layers, host_tables, make_buckets, members, packed_groups, policy_of, rows_at
@@ -160,6 +160,8 @@ class GradDropAdamW(Optimizer):
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         capturable = self.param_groups[0]["capturable"]
+        if not capturable:
+            check_not_capturing()
         if found_inf is not None and not capturable:
             if found_inf.item():
                 return loss
@@ -218,6 +220,7 @@ class GradDropAdamW(Optimizer):
         return not any(grads[i] is not None or id(params[i]) in self._switched_off for i in self._stateless)
 
     def _rebuild(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
+        check_not_capturing()
         every = members(self.param_groups)
         for group in self.param_groups:
             validate.policy(group["drop"], group["effect"])

@@ -134,8 +134,20 @@ class Bucket:
 
     def skip(self, absent: list[int]) -> None:
         """Leave these tensors of the batch as they are in the coming call."""
-        self.batch.integers[absent, Integer.MASK] = int(Mask.DROP)
-        self.batch.integers[absent, Integer.EFFECT] = int(Effect.FREEZE)
+        for run in runs(absent):
+            self.batch.integers[run, Integer.MASK] = int(Mask.DROP)
+            self.batch.integers[run, Integer.EFFECT] = int(Effect.FREEZE)
+
+
+def runs(indices: Sequence[int]) -> list[slice]:
+    """Ascending ``indices`` as slices. (A device's table indexed by a list would copy the list there.)"""
+    found: list[slice] = []
+    for i in indices:
+        if found and found[-1].stop == i:
+            found[-1] = slice(found[-1].start, i + 1)
+        else:
+            found.append(slice(i, i + 1))
+    return found
 
 
 def make_buckets(

@@ -8,13 +8,14 @@ in ``batch.cache``, and the batch's two number tables. A call synchronises nothi
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .contract import Batch, Integer, Layout, Mask, layout_row
+from .capture import capturing, check_not_capturing, to_device
+from .contract import Batch, Effect, Integer, Layout, Mask, layout_row
 
 _OLDEST = (3, 5)
 CHUNK = 8192  # elements of a program: enough to amortise its tables, few enough to balance small tensors
@@ -55,6 +56,7 @@ def adamw(batch: Batch, *, seed: int, grad_scale: Tensor | None = None, found_in
     from .kernels.triton.kernels import adamw_kernel
 
     amsgrad = any(t is not None for t in batch.max_exp_avg_sqs)
+    kinds, effects = kinds_and_effects(batch)
     grad_dtype = next((g.dtype for g in batch.grads if g is not None), None)
     _launch(
         adamw_kernel,
@@ -66,6 +68,8 @@ def adamw(batch: Batch, *, seed: int, grad_scale: Tensor | None = None, found_in
         PARAM_DTYPE=batch.params[0].dtype if batch.params else None,
         GRAD_DTYPE=grad_dtype or (batch.params[0].dtype if batch.params else None),
         STATE_DTYPE=batch.exp_avgs[0].dtype if batch.exp_avgs else None,
+        KINDS=kinds,
+        EFFECTS=effects,
         AMSGRAD=amsgrad,
     )
 
@@ -76,44 +80,64 @@ def mask_grads(batch: Batch, *, seed: int) -> None:
 
     present = [g for g in batch.grads if g is not None]
     if present:
-        _launch(mask_grads_kernel, batch, present, seed=seed, GRAD_DTYPE=present[0].dtype)
+        _launch(mask_grads_kernel, batch, present, seed=seed, GRAD_DTYPE=present[0].dtype, KINDS=kinds(batch))
 
 
 def pack(batch: Batch, *, seed: int) -> None:
     """Draw every tensor's mask and write it to ``batch.packed``, in one launch."""
     from .kernels.triton.kernels import pack_kernel
 
-    _launch(pack_kernel, batch, batch.packed, seed=seed)
+    _launch(pack_kernel, batch, batch.packed, seed=seed, KINDS=kinds(batch))
 
 
 def shape(dtypes: Sequence[torch.dtype], warp_size: int) -> dict[str, int]:
     """The compile-time sizes of a kernel that accesses ``dtypes``.
 
-    A thread takes 16 bytes of the largest dtype at a time: all its accesses are then contiguous across a warp, and
+    A thread takes 16 bytes of the smallest dtype at a time, and as many elements of the others in one or two accesses:
     values of different dtypes meet in the same thread.
     """
-    vector = 16 // max(dtype.itemsize for dtype in dtypes)
+    vector = max(4, 16 // min(dtype.itemsize for dtype in dtypes))  # float64 takes two accesses
     threads = WARPS * warp_size
-    return {"TILES": threads * vector // 32, "VECTOR": vector, "GENERAL": threads, "CHUNK": CHUNK}
+    return {"TILES": threads * vector // 32, "VECTOR": vector, "GENERAL": threads, "CHUNK": CHUNK, "num_warps": WARPS}
+
+
+def pack_shape(warp_size: int) -> dict[str, int]:
+    """The same for packing, where a thread draws a whole tile. One warp: its passes suit small tensors too."""
+    return {"TILES": warp_size, "GENERAL": 4 * warp_size, "CHUNK": CHUNK, "num_warps": 1}
 
 
 def kinds(batch: Batch) -> int:
     """The Mask kinds that may occur in the batch, as bits: what a kernel is specialised on."""
-    masks = batch.masks
-    if masks is None and batch.integers.device.type == "cpu":
-        masks = set(batch.integers[:, Integer.MASK].tolist())
-    if masks is None:  # unknown without a synchronisation
-        masks = set(Mask)
-    return sum(1 << int(mask) for mask in masks)
+    if batch.masks is None and batch.integers.device.type == "cpu":
+        return _bits(batch.integers[:, Integer.MASK].tolist())
+    return _bits(batch.masks or Mask)  # all, where a look would synchronise
 
 
-def options(kinds: int, amsgrad: bool, nvidia: bool) -> dict[str, int | bool]:
-    """How a kernel is compiled. The register limits are the smallest that spill nothing (docs/gpu.md)."""
-    chosen: dict[str, int | bool] = {"num_warps": WARPS, "enable_fp_fusion": FP_FUSION}
+def kinds_and_effects(batch: Batch) -> tuple[int, int]:
+    """The same for adamw, and its Effects. What it leaves alone is not counted: it comes and goes with gradients."""
+    if batch.masks is not None or batch.integers.device.type != "cpu":
+        return kinds(batch), _bits(Effect)
+    rows = set(map(tuple, batch.integers[:, [Integer.MASK, Integer.EFFECT]].tolist()))
+    rows -= {(Mask.DROP, Effect.FREEZE)}
+    return _bits(mask for mask, _ in rows), _bits(effect for _, effect in rows)
+
+
+def _bits(numbers: Iterable[int]) -> int:
+    return sum(1 << int(n) for n in set(numbers))
+
+
+def options(kinds: int, amsgrad: bool, vector: int, nvidia: bool) -> dict[str, int | bool]:
+    """How a kernel is compiled. The register limits are the smallest found that spill nothing (docs/gpu.md)."""
+    chosen: dict[str, int | bool] = {"enable_fp_fusion": FP_FUSION}
     if nvidia:
-        several = (kinds & ~(1 << Mask.KEEP | 1 << Mask.DROP | 1 << Mask.LAYER)).bit_count() > 1
-        gaussian = kinds & 1 << Mask.GAUSSIAN
-        chosen["maxnreg"] = 160 if gaussian else 96 if amsgrad or several else 64
+        only = _bits((Mask.KEEP, Mask.DROP, Mask.LAYER, Mask.ELEMENT))
+        several = (kinds & ~only | kinds & 1 << Mask.ELEMENT).bit_count() > 1
+        if kinds & 1 << Mask.GAUSSIAN:
+            chosen["maxnreg"] = 160 if several or amsgrad else 64 if vector == 4 else 128
+        elif several or (amsgrad and (vector > 4 or kinds & ~only)):
+            chosen["maxnreg"] = 96
+        else:
+            chosen["maxnreg"] = 64
     return chosen
 
 
@@ -132,8 +156,7 @@ def _launch(kernel, batch: Batch, tensors: list[Tensor], *, seed: int, **argumen
 
     device = tensors[0].device
     warp_size = 32 if device.type == "cpu" else torch.cuda.get_device_properties(device).warp_size
-    bits = kinds(batch)
-    dtypes = [value for value in arguments.values() if isinstance(value, torch.dtype)] or [torch.int32]
+    dtypes = [value for value in arguments.values() if isinstance(value, torch.dtype)]
     constants = {
         name: getattr(tl, str(value).removeprefix("torch.")) if isinstance(value, torch.dtype) else value
         for name, value in arguments.items()
@@ -145,15 +168,20 @@ def _launch(kernel, batch: Batch, tensors: list[Tensor], *, seed: int, **argumen
         numbers = dict(zip(("integers", "reals"), _numbers(batch, device), strict=True))
         if "reals" not in kernel.arg_names:
             del numbers["reals"]
+        sizes = shape(dtypes, warp_size) if dtypes else pack_shape(warp_size)
         kernel[(len(tables.chunks),)](
             chunks=tables.chunks,
             layout=tables.layout_now(batch),
             **numbers,
             seed=seed,
             **constants,
-            KINDS=bits,
-            **shape(dtypes, warp_size),
-            **options(bits, arguments.get("AMSGRAD", False), nvidia=device.type == "cuda" and not torch.version.hip),
+            **sizes,
+            **options(
+                arguments["KINDS"],
+                arguments.get("AMSGRAD", False),
+                sizes.get("VECTOR", 4),
+                nvidia=device.type != "cpu" and not torch.version.hip,
+            ),
         )
 
 
@@ -161,15 +189,9 @@ def _numbers(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Batch.integers and Batch.reals on the device, from the host in one copy that nothing waits for."""
     if batch.integers.device == device:
         return batch.integers, batch.reals
-    if _capturing(device):
-        raise RuntimeError("a captured step needs its tables on the device: make the optimizer with capturable=True")
     size = batch.integers.numel()
-    # a new pinned block each time: the host may be steps ahead of the copies
-    host = torch.empty(size + batch.reals.numel(), dtype=torch.int64, pin_memory=True)
-    host[:size].view_as(batch.integers).copy_(batch.integers)
-    host[size:].view(torch.float64).view_as(batch.reals).copy_(batch.reals)
-    there = host.to(device, non_blocking=True)
-    return there[:size], there[size:].view(torch.float64)
+    both = to_device(torch.cat([batch.integers.reshape(-1), batch.reals.reshape(-1).view(torch.int64)]), device)
+    return both[:size], both[size:].view(torch.float64)
 
 
 @dataclass
@@ -185,8 +207,7 @@ class _Tables:
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> "_Tables":
-        if _capturing(device):
-            raise RuntimeError("take at least one step outside of CUDA graph capture first: it builds device tables")
+        check_not_capturing()
         counts = torch.tensor([-(-shard.numel // CHUNK) for shard in batch.shards])
         tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
         start = (torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]) * CHUNK
@@ -196,7 +217,7 @@ class _Tables:
     def layout_now(self, batch: Batch) -> Tensor:
         """The layout table with the gradients' places of now."""
         places, device = _places(batch), self.chunks.device
-        if _capturing(device):
+        if capturing():
             return self._layout_for_graph(batch, places)
         if places != self.places:
             if self.in_graph:
@@ -234,7 +255,3 @@ def _places(batch: Batch) -> list:
 
 def _pinned(host: Tensor, device: torch.device) -> Tensor:
     return host if device.type == "cpu" else host.pin_memory()
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -15,10 +15,13 @@ from .mask import (
     elements_noise,
     kept_at,
     mask_numbers,
-    packed_word,
+    only_one,
     resolve_kind,
+    side_by_side,
+    tile_offsets,
     tiles_kept,
     tiles_noise,
+    tiles_words,
     whole_tiles_kept,
 )
 from .tables import (
@@ -84,6 +87,29 @@ def aligned(entry, dtype: tl.constexpr):
 
 
 @triton.jit
+def load_tiles(ptr, mask, other, TILES: tl.constexpr, VECTOR: tl.constexpr):
+    """[TILES, PARTS, VECTOR] at ``ptr``, 16 bytes at a time: where VECTOR elements are more, in two halves."""
+    WIDTH: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+    if WIDTH >= VECTOR:
+        return tl.load(ptr + tile_offsets(TILES, VECTOR, VECTOR), mask=mask, other=other)
+    else:
+        near = tl.load(ptr + tile_offsets(TILES, VECTOR, WIDTH), mask=mask, other=other)
+        far = tl.load(ptr + WIDTH + tile_offsets(TILES, VECTOR, WIDTH), mask=mask, other=other)
+        return side_by_side(near, far, TILES, VECTOR)
+
+
+@triton.jit
+def store_tiles(ptr, values, mask, TILES: tl.constexpr, VECTOR: tl.constexpr):
+    WIDTH: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+    if WIDTH >= VECTOR:
+        tl.store(ptr + tile_offsets(TILES, VECTOR, VECTOR), values, mask=mask)
+    else:
+        near, far = values.reshape(TILES, 32 // VECTOR, 2, WIDTH).permute(0, 1, 3, 2).split()
+        tl.store(ptr + tile_offsets(TILES, VECTOR, WIDTH), near, mask=mask)
+        tl.store(ptr + WIDTH + tile_offsets(TILES, VECTOR, WIDTH), far, mask=mask)
+
+
+@triton.jit
 def has_grad(row, kind, effect):
     """A gradient that is absent, or dropped as a whole, is not read."""
     return (tl.load(row + GRAD) != 0) & ((kind != DROP) | (effect == UPDATE))
@@ -107,19 +133,20 @@ def locate(local, row, STRIDE: tl.constexpr):
     return offset + rest * tl.load(row + STRIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def adamw_kernel(
     chunks,  # (programs, 2), int64: tensor, first local element
     layout,  # (tensors, 33), int64: contract.Layout
     integers,  # (tensors, 7), int64: contract.Integer
     reals,  # (tensors, 9), float64: contract.Real
-    seed,  # 64 bits
+    seed: tl.uint64,
     grad_scale,  # one float, or None without AMP
     found_inf,  # one float, or None without AMP
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
     KINDS: tl.constexpr,  # bit k: Mask k may occur
+    EFFECTS: tl.constexpr,  # bit k: Effect k may occur, but for tensors that are left alone
     AMSGRAD: tl.constexpr,  # some tensor has a max_exp_avg_sq
     TILES: tl.constexpr,  # of a fast pass
     VECTOR: tl.constexpr,  # consecutive elements of a thread
@@ -133,8 +160,11 @@ def adamw_kernel(
     integers += tensor * INTEGERS
     reals += tensor * REALS
     seed = seed.to(tl.uint64)
-    effect = tl.load(integers + EFFECT)
-    kind = resolve_kind(tl.load(integers + MASK_KIND), integers, seed, KINDS)
+    kind, effect = tl.load(integers + MASK_KIND), tl.load(integers + EFFECT)
+    if (kind == DROP) & (effect == FREEZE):
+        return
+    effect = only_one(effect, EFFECTS, 3)
+    kind = resolve_kind(kind, integers, seed, KINDS)
     if (kind == DROP) & (effect == FREEZE):
         return
 
@@ -172,34 +202,35 @@ def adamw_tiles(
     vmax_ptr, has_vmax = aligned(row + MAX_EXP_AVG_SQ, STATE_DTYPE), tl.load(row + MAX_EXP_AVG_SQ) != 0
     packed = aligned(row + PACKED_WORDS, tl.int32)
     reads_grad = has_grad(row, kind, effect)
+    std = noise_std(kind, reals, dtype)
 
-    lanes = tl.arange(0, TILES)[:, None] * TILE + tl.arange(0, 32)[None, :]
     for first in range(start, stop, TILES * TILE):
         first = tl.multiple_of(first, TILE)
         whole = whole_tiles_kept(kind, offset + first, lo, span, block, draw, stream, seed, KINDS, TILES)
         bits = tiles_kept(
             kind, whole, offset + first, packed + first // 32, lo, span, draw, stream, seed, KINDS, TILES, VECTOR
         )
-        live, any_live = tl.full([TILES, 1], True, tl.int1), True
+        whole = whole[:, :, None]
+        live, any_live = tl.full([TILES, 1, 1], True, tl.int1), True
         if BLOCK_BIT & KINDS:
             # dropped blocks under FREEZE are neither read nor written; a pass without any other ends here
             live = writes_state(whole, effect)
-            any_live = tl.max(tl.max(live.to(tl.int32), 1), 0) != 0
+            any_live = tl.max(live.to(tl.int32).reshape(TILES), 0) != 0
         if any_live:
             grad_live = tl.where(reads_grad, takes_grad(whole, effect), False)
+            vmax_live = tl.where(has_vmax, live, False)
             if GAUSSIAN_BIT & KINDS:
-                noise = tiles_noise(offset + first, draw, stream, seed, TILES)
-                std = noise_std(kind, reals, dtype)
+                noise = tiles_noise(offset + first, draw, stream, seed, TILES, VECTOR)
             for w in tl.static_range(4):
-                at = first + lanes + w * 32
-                kept = kept_at(bits, w, TILES, VECTOR)
-                p_raw = tl.load(p_ptr + at, mask=live)
-                g = tl.load(g_ptr + at, mask=grad_live, other=0).to(dtype)
-                m_raw = tl.load(m_ptr + at, mask=live)
-                v_raw = tl.load(v_ptr + at, mask=live)
+                at = first + w * 32
+                kept = kept_at(bits, w, VECTOR)
+                p_raw = load_tiles(p_ptr + at, live, None, TILES, VECTOR)
+                g = load_tiles(g_ptr + at, grad_live, 0, TILES, VECTOR).to(dtype)
+                m_raw = load_tiles(m_ptr + at, live, None, TILES, VECTOR)
+                v_raw = load_tiles(v_ptr + at, live, None, TILES, VECTOR)
                 vmax_raw = v_raw
                 if AMSGRAD:
-                    vmax_raw = tl.load(vmax_ptr + at, mask=tl.where(has_vmax, live, False))
+                    vmax_raw = load_tiles(vmax_ptr + at, vmax_live, None, TILES, VECTOR)
                 if GAUSSIAN_BIT & KINDS:
                     g = g * (1 + std * noise[w])
                 p, m, v, vmax = update(
@@ -210,12 +241,12 @@ def adamw_tiles(
                 p = tl.where(writes_param(kept, effect), p.to(PARAM_DTYPE), p_raw)
                 m = tl.where(writes_state(kept, effect), m.to(STATE_DTYPE), m_raw)
                 v = tl.where(writes_state(kept, effect), v.to(STATE_DTYPE), v_raw)
-                tl.store(p_ptr + at, p, mask=live)
-                tl.store(m_ptr + at, m, mask=live)
-                tl.store(v_ptr + at, v, mask=live)
+                store_tiles(p_ptr + at, p, live, TILES, VECTOR)
+                store_tiles(m_ptr + at, m, live, TILES, VECTOR)
+                store_tiles(v_ptr + at, v, live, TILES, VECTOR)
                 if AMSGRAD:
                     vmax = tl.where(writes_state(kept, effect), vmax.to(STATE_DTYPE), vmax_raw)
-                    tl.store(vmax_ptr + at, vmax, mask=tl.where(has_vmax, live, False))
+                    store_tiles(vmax_ptr + at, vmax, vmax_live, TILES, VECTOR)
 
 
 @triton.jit
@@ -257,13 +288,13 @@ def adamw_elements(
             tl.store(vmax_ptr, vmax.to(STATE_DTYPE), mask=vmax_live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def mask_grads_kernel(
     chunks,
     layout,
     integers,
     reals,
-    seed,
+    seed: tl.uint64,
     GRAD_DTYPE: tl.constexpr,
     KINDS: tl.constexpr,
     TILES: tl.constexpr,
@@ -287,8 +318,8 @@ def mask_grads_kernel(
     fast = starts_on_tile(row) & is_linear(row, GRAD_STRIDE)
     fast &= (tl.load(row + GRAD) | tl.load(row + PACKED_WORDS)) % 16 == 0
     middle = start + tl.where(fast, (stop - start) // (TILES * TILE) * (TILES * TILE), 0)
-    lanes = tl.arange(0, TILES)[:, None] * TILE + tl.arange(0, 32)[None, :]
-    packed = aligned(row + PACKED_WORDS, tl.int32)
+    g_ptr, packed = aligned(row + GRAD, GRAD_DTYPE), aligned(row + PACKED_WORDS, tl.int32)
+    std = noise_std(kind, reals, dtype)
     for first in range(start, middle, TILES * TILE):
         first = tl.multiple_of(first, TILE)
         whole = whole_tiles_kept(kind, offset + first, lo, span, block, draw, stream, seed, KINDS, TILES)
@@ -296,35 +327,35 @@ def mask_grads_kernel(
             kind, whole, offset + first, packed + first // 32, lo, span, draw, stream, seed, KINDS, TILES, VECTOR
         )
         if GAUSSIAN_BIT & KINDS:
-            noise = tiles_noise(offset + first, draw, stream, seed, TILES)
+            noise = tiles_noise(offset + first, draw, stream, seed, TILES, VECTOR)
         for w in tl.static_range(4):
-            g_ptr = aligned(row + GRAD, GRAD_DTYPE) + first + lanes + w * 32
-            g = tl.load(g_ptr, mask=whole, other=0).to(dtype) * rescale
+            at = g_ptr + first + w * 32
+            g = load_tiles(at, whole[:, :, None], 0, TILES, VECTOR).to(dtype) * rescale
             if GAUSSIAN_BIT & KINDS:
-                g = g * (1 + noise_std(kind, reals, dtype) * noise[w])
-            tl.store(g_ptr, tl.where(kept_at(bits, w, TILES, VECTOR), g, 0.0).to(GRAD_DTYPE))
+                g = g * (1 + std * noise[w])
+            g = tl.where(kept_at(bits, w, VECTOR), g, 0.0).to(GRAD_DTYPE)
+            store_tiles(at, g, None, TILES, VECTOR)
 
     for base in range(middle, stop, GENERAL):
         local = base + tl.arange(0, GENERAL)
         inside = local < stop
         index = offset + locate(local, row, GLOBAL_STRIDE)
         kept = elements_kept(kind, local, inside, index, pointer(row + PACKED_WORDS, tl.int32), integers, seed, KINDS)
-        g_ptr = pointer(row + GRAD, GRAD_DTYPE) + locate(local, row, GRAD_STRIDE)
-        g = tl.load(g_ptr, mask=inside & kept, other=0).to(dtype) * rescale
+        at = pointer(row + GRAD, GRAD_DTYPE) + locate(local, row, GRAD_STRIDE)
+        g = tl.load(at, mask=inside & kept, other=0).to(dtype) * rescale
         if GAUSSIAN_BIT & KINDS:
             g = g * (1 + noise_std(kind, reals, dtype) * elements_noise(index, integers, seed))
-        tl.store(g_ptr, tl.where(kept, g, 0.0).to(GRAD_DTYPE), mask=inside)
+        tl.store(at, tl.where(kept, g, 0.0).to(GRAD_DTYPE), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def pack_kernel(
     chunks,
     layout,
     integers,
-    seed,
+    seed: tl.uint64,
     KINDS: tl.constexpr,
     TILES: tl.constexpr,
-    VECTOR: tl.constexpr,
     GENERAL: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -338,18 +369,16 @@ def pack_kernel(
 
     fast = starts_on_tile(row) & (tl.load(row + PACKED_WORDS) % 16 == 0)
     middle = start + tl.where(fast, (stop - start) // (TILES * TILE) * (TILES * TILE), 0)
+    packed = aligned(row + PACKED_WORDS, tl.int32)
     for first in range(start, middle, TILES * TILE):
-        packed = aligned(row + PACKED_WORDS, tl.int32) + first // 32
+        first = tl.multiple_of(first, TILE)
         whole = whole_tiles_kept(kind, offset + first, lo, span, block, draw, stream, seed, KINDS, TILES)
-        bits = tiles_kept(kind, whole, offset + first, packed, lo, span, draw, stream, seed, KINDS, TILES, VECTOR)
-        w0, w1 = packed_word(bits, 0, VECTOR), packed_word(bits, 1, VECTOR)
-        w2, w3 = packed_word(bits, 2, VECTOR), packed_word(bits, 3, VECTOR)
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(TILES, 4)
-        tl.store(packed + tl.arange(0, TILES)[:, None] * 4 + tl.arange(0, 4)[None, :], words)
+        words = tiles_words(kind, whole, offset + first, lo, span, draw, stream, seed, KINDS, TILES)
+        at = first // 32 + tl.arange(0, TILES)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        tl.store(packed + at, words)
 
     WORDS: tl.constexpr = GENERAL // 32
     for base in range(middle, stop, GENERAL):
-        packed = pointer(row + PACKED_WORDS, tl.int32)
         local = base + tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]
         inside = local < stop
         index = offset + locate(local, row, GLOBAL_STRIDE)

@@ -1,9 +1,9 @@
 """Which elements survive, on loaded values: the mask stream's words, windows, blocks, packed bits and noise.
 
-Two forms occur. *Tiles*: TILES whole tiles of the mask stream, where element 128 * t + 32 * w + l of a pass is row t,
-lane l of the w-th [TILES, 32] access. One counter serves its four words, and a thread holds VECTOR consecutive lanes
-of a row, so their 4 * VECTOR decisions are one integer of its own: [TILES, 32 // VECTOR], bit VECTOR * w + (lane %
-VECTOR). (Masks made as [TILES, 32] would go through shared memory to reach the layout of the accesses.)
+Two forms occur. *Tiles*: TILES whole tiles of the mask stream, where element 128 * t + 32 * w + VECTOR * k + j of a
+pass is element (t, k, j) of the w-th access, [TILES, PARTS, VECTOR] with PARTS = 32 // VECTOR. A thread holds the last
+dimension. One counter serves its four words, so a thread's 4 * VECTOR decisions are one integer of its own, [TILES,
+PARTS]: bit VECTOR * w + j. (Masks made in the shape of an access would go through shared memory to reach its layout.)
 *Elements*: 1-D tensors of any elements, a counter each.
 """
 
@@ -62,11 +62,18 @@ def mask_numbers(integers):
 
 
 @triton.jit
+def only_one(value, BITS: tl.constexpr, COUNT: tl.constexpr):
+    """``value``, as a number known to the compiler where BITS leave only one: it drops every other branch."""
+    for only in tl.static_range(COUNT):
+        if BITS == 1 << only:
+            value = tl.full([], only, tl.int64)
+    return value
+
+
+@triton.jit
 def resolve_kind(kind, integers, seed, KINDS: tl.constexpr):
     """The tensor's mask kind with LAYER decided: its one word makes it KEEP or DROP."""
-    for only in tl.static_range(7):
-        if KINDS == 1 << only:
-            kind = tl.full([], only, tl.int64)  # known to the compiler: it drops every other branch
+    kind = only_one(kind, KINDS, 7)
     if LAYER_BIT & KINDS:
         if kind == LAYER:
             lo, span, _, draw, stream = mask_numbers(integers)
@@ -111,7 +118,7 @@ def tiles_kept(
     TILES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Each thread's decisions, [TILES, 32 // VECTOR].
+    """Each thread's decisions, [TILES, PARTS].
 
     ``first``: global index of the first element, a multiple of 128. ``whole``: of whole_tiles_kept. ``packed``: at the
     first tile's words, 16-byte aligned.
@@ -128,8 +135,15 @@ def tiles_kept(
 
 @triton.jit
 def tile_counters(first, TILES: tl.constexpr, VECTOR: tl.constexpr):
-    """Counter indices of every thread's first lane, [TILES, 32 // VECTOR], int64."""
+    """Counter indices of every thread's first lane, [TILES, PARTS], int64."""
     return first // TILE * 32 + tl.arange(0, TILES)[:, None] * 32 + tl.arange(0, 32 // VECTOR)[None, :] * VECTOR
+
+
+@triton.jit
+def tile_offsets(TILES: tl.constexpr, VECTOR: tl.constexpr, WIDTH: tl.constexpr):
+    """Where each thread's first WIDTH elements of access 0 lie in a pass, [TILES, PARTS, WIDTH]."""
+    starts = tl.arange(0, TILES)[:, None] * TILE + tl.arange(0, 32 // VECTOR)[None, :] * VECTOR
+    return starts[:, :, None] + tl.arange(0, WIDTH)[None, None, :]
 
 
 @triton.jit
@@ -162,17 +176,30 @@ def packed_bits(packed, TILES: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def packed_word(bits, w: tl.constexpr, VECTOR: tl.constexpr):
-    """Word w of every tile, [TILES]: the inverse of packed_bits."""
-    part = (tl.arange(0, 32 // VECTOR) * VECTOR)[None, :]
-    return tl.sum(((bits >> (VECTOR * w)) & ((1 << VECTOR) - 1)) << part, 1)
+def tiles_words(kind, whole, first, lo, span, draw, stream, seed, KINDS: tl.constexpr, TILES: tl.constexpr):
+    """Every tile's four words of decisions, [TILES, 4]: a thread draws whole tiles, to store 16 bytes at a time.
+
+    Arguments as :func:`tiles_kept`'s.
+    """
+    w0 = tl.where(whole, -1, 0)
+    w1, w2, w3 = w0, w0, w0
+    if ELEMENT_BIT & KINDS:
+        if kind == ELEMENT:
+            counters = first // TILE * 32 + tl.arange(0, TILES)[:, None] * 32
+            w0, w1, w2, w3 = w0 & 0, w1 & 0, w2 & 0, w3 & 0
+            for lane in range(32):
+                words = words_at(counters + lane, FOR_ELEMENT, draw, stream, seed)
+                w0 |= decide(words[0], lo, span).to(tl.int32) << lane
+                w1 |= decide(words[1], lo, span).to(tl.int32) << lane
+                w2 |= decide(words[2], lo, span).to(tl.int32) << lane
+                w3 |= decide(words[3], lo, span).to(tl.int32) << lane
+    return in_a_row(w0, w1, w2, w3).reshape(TILES, 4)
 
 
 @triton.jit
-def kept_at(bits, w, TILES: tl.constexpr, VECTOR: tl.constexpr):
-    """The mask [TILES, 32] of access w."""
-    spread = tl.broadcast_to(bits[:, :, None], [TILES, 32 // VECTOR, VECTOR]).reshape(TILES, 32)
-    return (spread >> (tl.arange(0, 32) % VECTOR + VECTOR * w)[None, :]) & 1 != 0
+def kept_at(bits, w, VECTOR: tl.constexpr):
+    """The mask of access w, [TILES, PARTS, VECTOR]."""
+    return (bits[:, :, None] >> (tl.arange(0, VECTOR) + VECTOR * w)[None, None, :]) & 1 != 0
 
 
 @triton.jit
@@ -199,9 +226,47 @@ def element_words(index, purpose: tl.constexpr, draw, stream, seed):
 
 
 @triton.jit
-def tiles_noise(first, draw, stream, seed, TILES: tl.constexpr):
-    """Four [TILES, 32] standard normals."""
-    return normals(words_at(tile_counters(first, TILES, 1), FOR_GAUSSIAN, draw, stream, seed))
+def tiles_noise(first, draw, stream, seed, TILES: tl.constexpr, VECTOR: tl.constexpr):
+    """Standard normals of the four accesses, [TILES, PARTS, VECTOR] each."""
+    counters = tile_counters(first, TILES, VECTOR)
+    near = four_lanes_noise(counters, draw, stream, seed)
+    if VECTOR == 4:
+        return near
+    else:
+        far = four_lanes_noise(counters + 4, draw, stream, seed)
+        return (
+            side_by_side(near[0], far[0], TILES, VECTOR),
+            side_by_side(near[1], far[1], TILES, VECTOR),
+            side_by_side(near[2], far[2], TILES, VECTOR),
+            side_by_side(near[3], far[3], TILES, VECTOR),
+        )
+
+
+@triton.jit
+def four_lanes_noise(counters, draw, stream, seed):
+    """A lane at a time: drawn in the shape of an access, noise would go through shared memory to reach its layout."""
+    a = normals(words_at(counters, FOR_GAUSSIAN, draw, stream, seed))
+    b = normals(words_at(counters + 1, FOR_GAUSSIAN, draw, stream, seed))
+    c = normals(words_at(counters + 2, FOR_GAUSSIAN, draw, stream, seed))
+    d = normals(words_at(counters + 3, FOR_GAUSSIAN, draw, stream, seed))
+    return (
+        in_a_row(a[0], b[0], c[0], d[0]),
+        in_a_row(a[1], b[1], c[1], d[1]),
+        in_a_row(a[2], b[2], c[2], d[2]),
+        in_a_row(a[3], b[3], c[3], d[3]),
+    )
+
+
+@triton.jit
+def in_a_row(a, b, c, d):
+    """Four [...] -> [..., 4]."""
+    return tl.join(tl.join(a, c), tl.join(b, d)).reshape(a.shape + [4])
+
+
+@triton.jit
+def side_by_side(near, far, TILES: tl.constexpr, VECTOR: tl.constexpr):
+    """Two [TILES, PARTS, VECTOR // 2] -> [TILES, PARTS, VECTOR], each thread's elements behind one another."""
+    return tl.join(near, far).permute(0, 1, 3, 2).reshape(TILES, 32 // VECTOR, VECTOR)
 
 
 @triton.jit
