@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from crosslingual_files import write, write_model
-from scipy.stats import ttest_rel
+from scipy.stats import t, ttest_rel
 
 from benchmarks.crosslingual import __main__ as study
 from benchmarks.crosslingual import demo, methods, models, results, tables, training, xglue
@@ -46,6 +46,17 @@ def test_every_xglue_task_runs(name, xglue_folder, settings):
     assert result["curve"][-1]["dev"] == result["dev"]["en"]
     assert result["optimizer"].startswith("graddrop_fused.GradDropAdamW (")
     assert json.loads(json.dumps(result)) == result
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_runs(name, xglue_folder, settings):
+    task = xglue.load("nc", xglue_folder)
+    result = training.run(task, name, 0, replace(settings, lr=5e-3), progress=False)
+    assert result["method"] == name and list(result["test"]) == task.languages
+    assert [record["epoch"] for record in result["masks"]] == [0, 1] and result["steps"] == 6
+    assert list(result["masks"][0]["layers"]) == LAYERS
+    kept = [layer["kept"] for record in result["masks"] for layer in record["layers"].values()]
+    assert (min(kept) == 1) == (name == "fine-tuning")
 
 
 @pytest.mark.parametrize("name", ["ner", "pos", "wpr", "mlqa"])
@@ -273,6 +284,9 @@ def test_study_writes_tables_and_figures_and_goes_on(xglue_folder, model_folder,
         assert (tmp_path / f"qam-{name}.png").read_bytes().startswith(b"\x89PNG")
     report = (tmp_path / "report.md").read_text()
     assert "| method " in report and " 79.97 |" in report and "![gain by language](wpr-gains.png)" in report
+    for name in ("understanding", "qam-methods", "qam-languages", "wpr-methods", "wpr-languages"):
+        with (tmp_path / f"{name}.csv").open() as file:
+            assert tables.markdown(list(csv.reader(file))) in report, name
     with (tmp_path / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 3 * 2 * (3 + 7)  # splits, methods, seeds, languages of both tasks
@@ -294,7 +308,21 @@ def test_study_writes_tables_and_figures_and_goes_on(xglue_folder, model_folder,
     assert "qam.jsonl:1: not a result" in capsys.readouterr().err
 
 
+def test_report_keeps_what_its_readers_wrote(xglue_folder, model_folder, tmp_path):
+    report = tmp_path / "docs" / "study.md"
+    flags = ["--methods", "fine-tuning", "--report", str(report)]
+    assert _study(xglue_folder, model_folder, tmp_path / "results", *flags) == 0
+    written = report.read_text()
+    assert "](../results/qam-masks.png)" in written and written.startswith("# Zero-shot")
+    report.write_text(written.replace("# Zero-shot cross-lingual results", "# Ours\n\nA reading.", 1) + "\nstale\n")
+    assert _study(xglue_folder, model_folder, tmp_path / "results", *flags, "--report-only") == 0
+    again = report.read_text()
+    assert again.startswith("# Ours\n\nA reading.\n\n<!-- results") and "stale" not in again
+    assert again.partition("## qam")[2] == written.partition("## qam")[2]
+
+
 @pytest.mark.parametrize(("flags", "message"), [
+    (["--seeds", "0,x"], "seeds must be comma-separated integers, got '0,x'"),
     (["--tasks", "xnly"], "unknown task xnly: choose from all-xglue, intents"),
     (["--methods", "adam"], "unknown method adam: choose from all, fine-tuning"),
     (["--tasks", "nc"], "needs the folder of XGLUE's data"),
@@ -336,18 +364,28 @@ def test_table_statistics():
     base, ours = [60.0, 62.0, 61.0], [63.0, 64.5, 62.5]
     runs = [_result("fine-tuning", seed, {"en": a + 5, "de": a - 5}) for seed, a in enumerate(base)]
     runs += [_result("graddrop", seed, {"en": a + 5, "de": a - 5}) for seed, a in enumerate(ours)]
-    row = [cell.strip() for cell in tables.by_method(runs).splitlines()[3].split("|")]
+    row = tables.by_method(runs)[2]
     expected = ["graddrop", "3", f"{np.mean(ours):.2f}", f"{np.std(ours, ddof=1):.2f}"]
-    assert row[1:5] == expected and row[7:9] == ["+2.33", f"{ttest_rel(ours, base).pvalue:.3f}"]
-    assert tables.by_language(runs).splitlines()[2].split("|")[2:5] == [" 66.0 ", " 56.0 ", " **61.0** "]
-    assert tables.paired(runs[3:4], {0: 60.0}) == (3.0, None)  # one seed has no significance
-    assert tables.paired(runs[3:], {}) == (None, None)
+    half = t.ppf(0.975, df=2) * np.std(np.subtract(ours, base), ddof=1) / 3**0.5
+    interval = f"{7 / 3 - half:+.2f} to {7 / 3 + half:+.2f}"
+    assert row[:4] == expected and row[6:9] == ["+2.33", interval, f"{ttest_rel(ours, base).pvalue:.3f}"]
+    assert tables.by_method(runs)[1][6:9] == ["", "", ""]
+    assert tables.by_language(runs)[1][1:4] == ["66.0", "56.0", "61.0"]
+    assert tables.paired({0: 63.0, 7: 1.0}, {0: 60.0}) == (3.0, None, None, None)  # one seed has no significance
+    assert tables.paired({0: 63.0}, {}) is None
+
+
+def test_sampling_error():
+    """Against the spread of simulated test sets."""
+    runs = [_result("fine-tuning", 0, {"en": 80.0, "de": 80.0}) | {"examples": {"test": 100}}]
+    drawn = np.random.default_rng(0).binomial(50, 0.8, (20_000, 2)) / 50 * 100
+    assert tables.sampling_error(runs) == pytest.approx((drawn[:, 0].std(), drawn.mean(1).std()), rel=0.03)
 
 
 def test_understanding_score_is_the_mean_over_tasks():
     names = list(xglue.TASKS)
     by_task = {name: [_result("fine-tuning", 0, {"en": 50.0 + i}, name)] for i, name in enumerate(names)}
-    lines = tables.understanding(by_task).splitlines()
-    assert "understanding score" in lines[0] and "54.00" in lines[2] and "77.45" in lines[2]
+    header, row = tables.understanding(by_task)
+    assert row[header.index("understanding score")] == "54.00" and row[-1] == "77.45"
     del by_task["nc"]
-    assert "mean of 8" in tables.understanding(by_task)
+    assert "mean of 8" in tables.understanding(by_task)[0]

@@ -85,7 +85,8 @@ def curves(results: list[dict], path: Path) -> bool:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel(f"test {results[0]['metric']}, mean over languages, %")
-    axes.set_title(f"{results[0]['task']}: zero-shot score over epochs")
+    seeds = sorted({result["seed"] for result in results})
+    axes.set_title(f"{results[0]['task']}: zero-shot score over epochs, seed {', '.join(map(str, seeds))}")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, path)
     return True
