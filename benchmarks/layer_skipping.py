@@ -33,19 +33,22 @@ RUNS = ("fine-tuning", "masked", "skipped", "frozen")
 RATIOS = (("masked", "fine-tuning"), ("skipped", "fine-tuning"), ("frozen", "fine-tuning"), ("skipped", "frozen"))
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--p", type=float, nargs="+", default=[0.5, 0.9])
-    parser.add_argument("--effect", default="gradient", choices=("gradient", "freeze"))
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--batch", type=int, nargs=2, default=[16, 64], metavar=("SEQUENCES", "TOKENS"))
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS, help="default: all")
-    parser.add_argument("--only", choices=("time", "memory"), help="default: both")
-    parser.add_argument("--device", type=torch.device, default="cpu")
-    options = parser.parse_args(argv)
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--p", type=float, nargs="+", default=[0.5, 0.9])
+    p.add_argument("--effect", default="gradient", choices=("gradient", "freeze"))
+    p.add_argument("--layers", type=int, default=12)
+    p.add_argument("--width", type=int, default=384)
+    p.add_argument("--batch", type=int, nargs=2, default=[16, 64], metavar=("SEQUENCES", "TOKENS"))
+    p.add_argument("--steps", type=int, default=12)
+    p.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS, help="default: all")
+    p.add_argument("--only", choices=("time", "memory"), help="default: both")
+    p.add_argument("--device", type=torch.device, default="cpu")
+    return p
 
+
+def main(argv: list[str] | None = None) -> None:
+    options = parser().parse_args(argv)
     print(f"{machine()}, {options.device}, effect {options.effect}\n")
     for p in options.p:
         if options.only != "memory":

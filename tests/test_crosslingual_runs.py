@@ -252,20 +252,51 @@ def test_an_interrupted_run_goes_on(xglue_folder, settings, tmp_path, monkeypatc
         assert resumed[name] == whole[name], name
 
 
-def test_early_stopping_keeps_the_best_epoch(xglue_folder, settings, tmp_path, monkeypatch):
-    task = xglue.load("qam", xglue_folder)
-    dev = iter([10.0, 30.0, 20.0, 20.0, 20.0])
+@pytest.fixture
+def scripted_dev(monkeypatch):
+    """English dev scores to come, which the test sets, and what was scored with which weights: [(name, sum)]."""
+    dev, weights = [], []
     score = training._CrossLingualTrainer.scores
 
     def scripted(self, by_language, name):
-        return {"en": next(dev)} if name is None else score(self, by_language, name)
+        weights.append((name, next(self.model.parameters()).sum().item()))
+        return {"en": dev.pop(0)} if name is None else score(self, by_language, name)
 
     monkeypatch.setattr(training._CrossLingualTrainer, "scores", scripted)
+    return dev, weights
+
+
+def test_early_stopping_keeps_the_best_epoch(xglue_folder, settings, tmp_path, scripted_dev):
+    task = xglue.load("qam", xglue_folder)
+    dev, weights = scripted_dev
+    dev[:] = [10.0, 30.0, 20.0, 20.0, 20.0]
     stopping = replace(settings, epochs=9, patience=2)
     result = training.run(task, "fine-tuning", 0, stopping, checkpoints=tmp_path, progress=False)
     assert result["epochs"] == 4 and [point["dev"] for point in result["curve"]] == [10.0, 30.0, 20.0, 20.0]
+    by_epoch, tested = [w for name, w in weights if name is None], [w for name, w in weights if name is not None]
+    assert len(set(by_epoch)) == 4 and tested == [by_epoch[1]] * 2
     with pytest.raises(ValueError, match="patience needs a checkpoints folder"):
         training.run(task, "fine-tuning", 0, stopping, progress=False)
+
+
+def test_an_interruption_resets_no_patience(xglue_folder, settings, tmp_path, scripted_dev, monkeypatch):
+    task = xglue.load("qam", xglue_folder)
+    dev, _ = scripted_dev
+    dev[:] = [30.0, 20.0, 20.0, 20.0, 20.0]
+    stopping = replace(settings, epochs=9, patience=3)
+    original = training._Masks.on_epoch_begin
+
+    def fail(self, args, state, control, **kwargs):
+        if round(state.epoch) == 3:
+            raise Interruption
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(training._Masks, "on_epoch_begin", fail)
+    with pytest.raises(Interruption):
+        training.run(task, "graddrop", 0, stopping, checkpoints=tmp_path, progress=False)
+    monkeypatch.setattr(training._Masks, "on_epoch_begin", original)
+    result = training.run(task, "graddrop", 0, stopping, checkpoints=tmp_path, progress=False)
+    assert result["resumed"] and result["epochs"] == 4
 
 
 # The commands
