@@ -11,7 +11,7 @@ from crosslingual_files import write, write_model
 from scipy.stats import t, ttest_rel
 
 from benchmarks.crosslingual import __main__ as study
-from benchmarks.crosslingual import demo, methods, models, results, tables, training, xglue
+from benchmarks.crosslingual import demo, methods, models, results, tables, tasks, training, xglue
 from benchmarks.crosslingual.heads import HEADS
 from graddrop_fused import GradDropAdamW, param_groups
 
@@ -305,7 +305,7 @@ def test_an_interruption_resets_no_patience(xglue_folder, settings, tmp_path, sc
 def _study(xglue_folder, model_folder, out, *more):
     flags = ["--tasks", "qam,wpr", "--methods", "fine-tuning,graddrop,layer-graddrop", "--seeds", "0,1",
              "--xglue", str(xglue_folder), "--model", str(model_folder), "--epochs", "2", "--max-length", "32",
-             "--curves", "--patience", "1", "--out", str(out), *more]  # fmt: skip
+             "--patience", "1", "--out", str(out), *more]  # fmt: skip
     return study.main(flags)
 
 
@@ -367,6 +367,7 @@ def test_study_names_what_is_wrong(flags, message, tmp_path, capsys):
 def test_recipes():
     assert study.recipe("xnli").epochs == 10 and study.recipe("mlqa").max_length == 384
     assert study.recipe("xnli").patience and not study.recipe("intents").patience
+    assert all(study.recipe(name).curves for name in tasks.TASKS)  # a figure of the report needs them
 
 
 def test_demo_prints_the_table_and_saves_it(xglue_folder, model_folder, tmp_path, capsys):

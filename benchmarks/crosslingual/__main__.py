@@ -21,7 +21,7 @@ from . import figures, models, results, tables, tasks, training
 from .methods import METHODS
 
 # XGLUE's own recipe, with early stopping
-_XGLUE = training.Settings(epochs=10, batch_size=32, lr=5e-6, max_length=256, warmup=0.0, patience=3)
+_XGLUE = training.Settings(epochs=10, batch_size=32, lr=5e-6, max_length=256, warmup=0.0, patience=3, curves=True)
 RECIPES = {
     "intents": training.Settings(lr=2e-4, curves=True),
     "multiemo": training.Settings(lr=1e-4, max_length=48, curves=True),
