@@ -128,6 +128,7 @@ class MaskHandle:
             bucket.fill(*tables)
             bucket.use_packed(packed, self.seed)
             bucket.backend.mask_grads(bucket.batch, seed=self.seed)
+            bucket.batch.grads = []  # else zero_grad() would free nothing
 
     def _gather(self, groups: list[Group]) -> list[Bucket]:
         every = members(groups)

@@ -185,6 +185,7 @@ class GradDropAdamW(Optimizer):
             if capturable:
                 bucket.batch.masks = self._device_rows[bucket.device].masks | {Mask.DROP}  # absent tensors
             bucket.backend.adamw(bucket.batch, seed=self.seed, grad_scale=_to(grad_scale, bucket.device), found_inf=inf)
+            bucket.batch.grads = []  # else zero_grad() would free nothing
         return loss
 
     def _advance_on_devices(self, devices: set[torch.device], found_inf: Tensor | None):

@@ -63,8 +63,11 @@ class GradDropCallback(TrainerCallback):
 
     Args:
         skip_dropped_layers: compute no gradients for layers that the coming step drops; see
-            :func:`graddrop_fused.skip.skip_dropped_layers`. The Trainer clips gradients before the step: for the same
-            trajectory as without, set ``max_grad_norm=0``.
+            :func:`graddrop_fused.skip.skip_dropped_layers`. The Trainer clips gradients before the step, by a norm
+            that would lack the skipped ones: needs ``TrainingArguments(max_grad_norm=0)``, where 1.0 is the default.
+
+    Raises:
+        TypeError: as training begins, if the optimizer is no GradDropAdamW. ValueError: if it skips and clips.
     """
 
     def __init__(self, skip_dropped_layers: bool = False):
@@ -73,6 +76,13 @@ class GradDropCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **_):
         self._optimizer = unwrap(optimizer)
+        if self.skip_dropped_layers and args.max_grad_norm:
+            raise ValueError(
+                "max_grad_norm must be 0 with GradDropCallback(skip_dropped_layers=True), got "
+                f"{args.max_grad_norm!r}: the norm that the Trainer clips by would lack the gradients of skipped layers, "
+                "and training would differ from the same run without skipping. Set TrainingArguments(max_grad_norm=0), "
+                "or call graddrop_fused.skip.skip_dropped_layers yourself if that is what you want"
+            )
         # Counted from here on: after an epoch that a callback cut short, state.epoch is not a whole number
         self._epoch = int(state.epoch or 0)
         self._stop_skipping()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from crosslingual_files import write, write_model
-from scipy.stats import ttest_rel
+from scipy.stats import t, ttest_rel
 
 from benchmarks.crosslingual import __main__ as study
-from benchmarks.crosslingual import demo, methods, models, results, tables, training, xglue
+from benchmarks.crosslingual import demo, methods, models, results, tables, tasks, training, xglue
 from benchmarks.crosslingual.heads import HEADS
 from graddrop_fused import GradDropAdamW, param_groups
 
@@ -46,6 +46,17 @@ def test_every_xglue_task_runs(name, xglue_folder, settings):
     assert result["curve"][-1]["dev"] == result["dev"]["en"]
     assert result["optimizer"].startswith("graddrop_fused.GradDropAdamW (")
     assert json.loads(json.dumps(result)) == result
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_runs(name, xglue_folder, settings):
+    task = xglue.load("nc", xglue_folder)
+    result = training.run(task, name, 0, replace(settings, lr=5e-3), progress=False)
+    assert result["method"] == name and list(result["test"]) == task.languages
+    assert [record["epoch"] for record in result["masks"]] == [0, 1] and result["steps"] == 6
+    assert list(result["masks"][0]["layers"]) == LAYERS
+    kept = [layer["kept"] for record in result["masks"] for layer in record["layers"].values()]
+    assert (min(kept) == 1) == (name == "fine-tuning")
 
 
 @pytest.mark.parametrize("name", ["ner", "pos", "wpr", "mlqa"])
@@ -241,20 +252,51 @@ def test_an_interrupted_run_goes_on(xglue_folder, settings, tmp_path, monkeypatc
         assert resumed[name] == whole[name], name
 
 
-def test_early_stopping_keeps_the_best_epoch(xglue_folder, settings, tmp_path, monkeypatch):
-    task = xglue.load("qam", xglue_folder)
-    dev = iter([10.0, 30.0, 20.0, 20.0, 20.0])
+@pytest.fixture
+def scripted_dev(monkeypatch):
+    """English dev scores to come, which the test sets, and what was scored with which weights: [(name, sum)]."""
+    dev, weights = [], []
     score = training._CrossLingualTrainer.scores
 
     def scripted(self, by_language, name):
-        return {"en": next(dev)} if name is None else score(self, by_language, name)
+        weights.append((name, next(self.model.parameters()).sum().item()))
+        return {"en": dev.pop(0)} if name is None else score(self, by_language, name)
 
     monkeypatch.setattr(training._CrossLingualTrainer, "scores", scripted)
+    return dev, weights
+
+
+def test_early_stopping_keeps_the_best_epoch(xglue_folder, settings, tmp_path, scripted_dev):
+    task = xglue.load("qam", xglue_folder)
+    dev, weights = scripted_dev
+    dev[:] = [10.0, 30.0, 20.0, 20.0, 20.0]
     stopping = replace(settings, epochs=9, patience=2)
     result = training.run(task, "fine-tuning", 0, stopping, checkpoints=tmp_path, progress=False)
     assert result["epochs"] == 4 and [point["dev"] for point in result["curve"]] == [10.0, 30.0, 20.0, 20.0]
+    by_epoch, tested = [w for name, w in weights if name is None], [w for name, w in weights if name is not None]
+    assert len(set(by_epoch)) == 4 and tested == [by_epoch[1]] * 2
     with pytest.raises(ValueError, match="patience needs a checkpoints folder"):
         training.run(task, "fine-tuning", 0, stopping, progress=False)
+
+
+def test_an_interruption_resets_no_patience(xglue_folder, settings, tmp_path, scripted_dev, monkeypatch):
+    task = xglue.load("qam", xglue_folder)
+    dev, _ = scripted_dev
+    dev[:] = [30.0, 20.0, 20.0, 20.0, 20.0]
+    stopping = replace(settings, epochs=9, patience=3)
+    original = training._Masks.on_epoch_begin
+
+    def fail(self, args, state, control, **kwargs):
+        if round(state.epoch) == 3:
+            raise Interruption
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(training._Masks, "on_epoch_begin", fail)
+    with pytest.raises(Interruption):
+        training.run(task, "graddrop", 0, stopping, checkpoints=tmp_path, progress=False)
+    monkeypatch.setattr(training._Masks, "on_epoch_begin", original)
+    result = training.run(task, "graddrop", 0, stopping, checkpoints=tmp_path, progress=False)
+    assert result["resumed"] and result["epochs"] == 4
 
 
 # The commands
@@ -263,7 +305,7 @@ def test_early_stopping_keeps_the_best_epoch(xglue_folder, settings, tmp_path, m
 def _study(xglue_folder, model_folder, out, *more):
     flags = ["--tasks", "qam,wpr", "--methods", "fine-tuning,graddrop,layer-graddrop", "--seeds", "0,1",
              "--xglue", str(xglue_folder), "--model", str(model_folder), "--epochs", "2", "--max-length", "32",
-             "--curves", "--patience", "1", "--out", str(out), *more]  # fmt: skip
+             "--patience", "1", "--out", str(out), *more]  # fmt: skip
     return study.main(flags)
 
 
@@ -273,6 +315,9 @@ def test_study_writes_tables_and_figures_and_goes_on(xglue_folder, model_folder,
         assert (tmp_path / f"qam-{name}.png").read_bytes().startswith(b"\x89PNG")
     report = (tmp_path / "report.md").read_text()
     assert "| method " in report and " 79.97 |" in report and "![gain by language](wpr-gains.png)" in report
+    for name in ("understanding", "qam-methods", "qam-languages", "wpr-methods", "wpr-languages"):
+        with (tmp_path / f"{name}.csv").open() as file:
+            assert tables.markdown(list(csv.reader(file))) in report, name
     with (tmp_path / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 3 * 2 * (3 + 7)  # splits, methods, seeds, languages of both tasks
@@ -294,7 +339,21 @@ def test_study_writes_tables_and_figures_and_goes_on(xglue_folder, model_folder,
     assert "qam.jsonl:1: not a result" in capsys.readouterr().err
 
 
+def test_report_keeps_what_its_readers_wrote(xglue_folder, model_folder, tmp_path):
+    report = tmp_path / "docs" / "study.md"
+    flags = ["--methods", "fine-tuning", "--report", str(report)]
+    assert _study(xglue_folder, model_folder, tmp_path / "results", *flags) == 0
+    written = report.read_text()
+    assert "](../results/qam-masks.png)" in written and written.startswith("# Zero-shot")
+    report.write_text(written.replace("# Zero-shot cross-lingual results", "# Ours\n\nA reading.", 1) + "\nstale\n")
+    assert _study(xglue_folder, model_folder, tmp_path / "results", *flags, "--report-only") == 0
+    again = report.read_text()
+    assert again.startswith("# Ours\n\nA reading.\n\n<!-- results") and "stale" not in again
+    assert again.partition("## qam")[2] == written.partition("## qam")[2]
+
+
 @pytest.mark.parametrize(("flags", "message"), [
+    (["--seeds", "0,x"], "seeds must be comma-separated integers, got '0,x'"),
     (["--tasks", "xnly"], "unknown task xnly: choose from all-xglue, intents"),
     (["--methods", "adam"], "unknown method adam: choose from all, fine-tuning"),
     (["--tasks", "nc"], "needs the folder of XGLUE's data"),
@@ -308,6 +367,7 @@ def test_study_names_what_is_wrong(flags, message, tmp_path, capsys):
 def test_recipes():
     assert study.recipe("xnli").epochs == 10 and study.recipe("mlqa").max_length == 384
     assert study.recipe("xnli").patience and not study.recipe("intents").patience
+    assert all(study.recipe(name).curves for name in tasks.TASKS)  # a figure of the report needs them
 
 
 def test_demo_prints_the_table_and_saves_it(xglue_folder, model_folder, tmp_path, capsys):
@@ -336,18 +396,28 @@ def test_table_statistics():
     base, ours = [60.0, 62.0, 61.0], [63.0, 64.5, 62.5]
     runs = [_result("fine-tuning", seed, {"en": a + 5, "de": a - 5}) for seed, a in enumerate(base)]
     runs += [_result("graddrop", seed, {"en": a + 5, "de": a - 5}) for seed, a in enumerate(ours)]
-    row = [cell.strip() for cell in tables.by_method(runs).splitlines()[3].split("|")]
+    row = tables.by_method(runs)[2]
     expected = ["graddrop", "3", f"{np.mean(ours):.2f}", f"{np.std(ours, ddof=1):.2f}"]
-    assert row[1:5] == expected and row[7:9] == ["+2.33", f"{ttest_rel(ours, base).pvalue:.3f}"]
-    assert tables.by_language(runs).splitlines()[2].split("|")[2:5] == [" 66.0 ", " 56.0 ", " **61.0** "]
-    assert tables.paired(runs[3:4], {0: 60.0}) == (3.0, None)  # one seed has no significance
-    assert tables.paired(runs[3:], {}) == (None, None)
+    half = t.ppf(0.975, df=2) * np.std(np.subtract(ours, base), ddof=1) / 3**0.5
+    interval = f"{7 / 3 - half:+.2f} to {7 / 3 + half:+.2f}"
+    assert row[:4] == expected and row[6:9] == ["+2.33", interval, f"{ttest_rel(ours, base).pvalue:.3f}"]
+    assert tables.by_method(runs)[1][6:9] == ["", "", ""]
+    assert tables.by_language(runs)[1][1:4] == ["66.0", "56.0", "61.0"]
+    assert tables.paired({0: 63.0, 7: 1.0}, {0: 60.0}) == (3.0, None, None, None)  # one seed has no significance
+    assert tables.paired({0: 63.0}, {}) is None
+
+
+def test_sampling_error():
+    """Against the spread of simulated test sets."""
+    runs = [_result("fine-tuning", 0, {"en": 80.0, "de": 80.0}) | {"examples": {"test": 100}}]
+    drawn = np.random.default_rng(0).binomial(50, 0.8, (20_000, 2)) / 50 * 100
+    assert tables.sampling_error(runs) == pytest.approx((drawn[:, 0].std(), drawn.mean(1).std()), rel=0.03)
 
 
 def test_understanding_score_is_the_mean_over_tasks():
     names = list(xglue.TASKS)
     by_task = {name: [_result("fine-tuning", 0, {"en": 50.0 + i}, name)] for i, name in enumerate(names)}
-    lines = tables.understanding(by_task).splitlines()
-    assert "understanding score" in lines[0] and "54.00" in lines[2] and "77.45" in lines[2]
+    header, row = tables.understanding(by_task)
+    assert row[header.index("understanding score")] == "54.00" and row[-1] == "77.45"
     del by_task["nc"]
-    assert "mean of 8" in tables.understanding(by_task)
+    assert "mean of 8" in tables.understanding(by_task)[0]

@@ -2,13 +2,14 @@
 
 import copy
 import pickle
+import weakref
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from graddrop_fused import GradDrop, GradDropAdamW, dispatch
+from graddrop_fused import GradDrop, GradDropAdamW, attach, dispatch
 
 CPU = torch.device("cpu")
 BACKENDS = [name for name in ("reference", "cpu") if dispatch.load(name).unavailable(CPU) is None]
@@ -131,6 +132,22 @@ def test_closure_hooks_and_zero_grad():
     assert torch.equal(p.grad, torch.zeros(3))
     opt.zero_grad()
     assert p.grad is None
+
+
+@pytest.mark.parametrize("make", [GradDropAdamW, torch.optim.SGD], ids=["GradDropAdamW", "attach"])
+def test_zero_grad_frees_gradients(make):
+    """A reference that outlived the step would keep a second copy of all gradients through the next backward."""
+    param = nn.Parameter(torch.ones(300))
+    opt = make([param], lr=0.1)
+    if make is torch.optim.SGD:
+        attach(opt, drop=GradDrop(0.5))
+    for _ in range(2):
+        param.grad = torch.ones(300)
+        freed = []
+        weakref.finalize(param.grad, freed.append, True)
+        opt.step()
+        opt.zero_grad()
+        assert freed
 
 
 @pytest.mark.parametrize(

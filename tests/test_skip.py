@@ -8,6 +8,7 @@ import torch.distributed as dist
 import transformers as hf
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import layer_skipping
 from graddrop_fused.layers import param_groups
 from graddrop_fused.optimizer import GradDropAdamW
 from graddrop_fused.policies import GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, LinearAnneal
@@ -363,6 +364,28 @@ def process_group(tmp_path):
 def test_ddp_with_find_unused_parameters(process_group):
     wrap = partial(DistributedDataParallel, find_unused_parameters=True)
     assert any(compare(build_model, partial(build_optimizer, drop=LayerGradDrop(p=0.5)), wrap=wrap))
+
+
+def test_benchmark(capsys):
+    """The timed runs do what they are compared for: the same update with less work, and the same layers off."""
+    flags = ["--layers", "2", "--width", "32", "--batch", "2", "8", "--steps", "3", "--p", "0.5", "--only", "time"]
+    layer_skipping.main(flags)
+    assert "| 0.5 | skipped / frozen | " in capsys.readouterr().out
+
+    options = layer_skipping.parser().parse_args(flags)
+    runs = {name: layer_skipping.Run(name, 0.5, options) for name in layer_skipping.RUNS}
+    without_gradient = {name: [] for name in runs}
+    for name, run in runs.items():
+        run.optimizer.register_step_pre_hook(
+            lambda opt, *_, off=without_gradient[name]: off.append(
+                sum(p.grad is None for group in opt.param_groups for p in group["params"])
+            )
+        )
+        for step in range(1, 4):
+            assert all(seconds > 0 for seconds in run.step(layer_skipping.batch(step, options)))
+    assert without_gradient["skipped"] == without_gradient["frozen"] and any(without_gradient["frozen"])
+    assert without_gradient["masked"] == without_gradient["fine-tuning"] == [0, 0, 0]
+    assert all(map(torch.equal, runs["skipped"].model.parameters(), runs["masked"].model.parameters()))
 
 
 # Bad input

@@ -227,6 +227,20 @@ def test_skipping_in_the_trainer_changes_nothing(tmp_path):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("max_grad_norm", [1.0, 1e-3])
+def test_skipping_refuses_to_clip(max_grad_norm, tmp_path):
+    args = arguments(tmp_path, save_strategy="no", max_grad_norm=max_grad_norm)
+    trainer = build_trainer(args, LayerGradDrop(p=0.5))
+    trainer.remove_callback(GradDropCallback)
+    trainer.add_callback(GradDropCallback(skip_dropped_layers=True))
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(ValueError, match=rf"max_grad_norm must be 0 with .*, got {max_grad_norm}: "):
+        trainer.train()
+    assert unwrap(trainer.optimizer).draw == 0 and not unwrap(trainer.optimizer).state
+    for name, p in trainer.model.named_parameters():
+        assert p.requires_grad and torch.equal(p, before[name]), name
+
+
 def test_callback_wants_our_optimizer():
     plain = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     with pytest.raises(TypeError, match="optimizer must be a GradDropAdamW or a wrapper around one, got AdamW"):

@@ -9,6 +9,7 @@ on where it stopped; XGLUE runs go on from their last epoch. Several processes m
 """
 
 import argparse
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -20,7 +21,7 @@ from . import figures, models, results, tables, tasks, training
 from .methods import METHODS
 
 # XGLUE's own recipe, with early stopping
-_XGLUE = training.Settings(epochs=10, batch_size=32, lr=5e-6, max_length=256, warmup=0.0, patience=3)
+_XGLUE = training.Settings(epochs=10, batch_size=32, lr=5e-6, max_length=256, warmup=0.0, patience=3, curves=True)
 RECIPES = {
     "intents": training.Settings(lr=2e-4, curves=True),
     "multiemo": training.Settings(lr=1e-4, max_length=48, curves=True),
@@ -28,6 +29,8 @@ RECIPES = {
     "pos": replace(_XGLUE, epochs=20, lr=2e-5, max_length=128),
     "mlqa": replace(_XGLUE, epochs=2, batch_size=12, lr=3e-5, max_length=384),
 }
+# In a report: the line below which everything is written anew
+RESULTS = "<!-- results: the command below writes all that follows -->"
 # English training examples, and dev and test examples per language
 SIZES = {
     "quick": {"intents": (400, 20, 50), "multiemo": (320, 20, 50)},
@@ -56,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "--model", default=models.EMBEDDED, help="hub name or local folder (default: the embedded %(default)s)"
     )
     p.add_argument("--out", type=Path, default=Path("results/crosslingual"), help="folder (default: %(default)s)")
+    p.add_argument("--report", type=Path, metavar="FILE", help="Markdown file (default: OUT/report.md)")
     p.add_argument("--report-only", action="store_true", help="only write tables and figures of what is there")
     own = p.add_argument_group("in place of the task's recipe")
     for name, kind in (("epochs", int), ("batch-size", int), ("accumulation", int), ("lr", float), ("max-length", int),
@@ -73,15 +77,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         names = _names("task", arguments.tasks, tasks.TASKS, {"all-xglue": tuple(tasks.xglue.TASKS)})
         methods = _names("method", arguments.methods, METHODS, {"all": tuple(METHODS)})
-        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+        seeds = _seeds(arguments.seeds)
         if not arguments.report_only:
             for name in names:
                 _run_task(name, methods, seeds, arguments)
-        write_report(arguments.out, " ".join(sys.argv[1:] if argv is None else argv))
+        report = arguments.report or arguments.out / "report.md"
+        write_report(arguments.out, report, " ".join(sys.argv[1:] if argv is None else argv))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"tables and figures: {arguments.out / 'report.md'}")
+    print(f"tables and figures: {report}")
     return 0
 
 
@@ -91,6 +96,13 @@ def _names(what: str, text: str, known, groups: dict[str, tuple[str, ...]]) -> l
     if unknown:
         raise ValueError(f"unknown {what} {', '.join(unknown)}: choose from {', '.join((*groups, *known))}")
     return names
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise ValueError(f"seeds must be comma-separated integers, got {text!r}") from None
 
 
 def _run_task(name: str, methods: list[str], seeds: list[int], arguments: argparse.Namespace) -> None:
@@ -132,42 +144,68 @@ def _settings(name: str, arguments: argparse.Namespace) -> training.Settings:
     return replace(recipe(name), model=arguments.model, **given)
 
 
-def write_report(folder: Path, command: str) -> None:
-    """report.md, scores.csv and the figures, from every results file in ``folder``."""
+def write_report(folder: Path, report: Path, command: str) -> None:
+    """The report, tables as CSV, and the figures, from every results file in ``folder``.
+
+    What stands above the line ``RESULTS`` in a report that is there already is kept: it is its readers' own text.
+    """
     by_task = {path.stem: list(results.read(path).values()) for path in sorted(folder.glob("*.jsonl"))}
     by_task = {name: runs for name, runs in by_task.items() if runs}
     if not by_task:
         raise ValueError(f"{folder}: no results")
-    tables.write_csv((run for runs in by_task.values() for run in runs), folder / "scores.csv")
     machines = sorted({run["machine"] for runs in by_task.values() for run in runs})
+    text = report.read_text("utf-8") if report.exists() else ""
+    own = text.partition(RESULTS)[0].rstrip() if RESULTS in text else "# Zero-shot cross-lingual results"
     parts = [
-        "# Zero-shot cross-lingual results",
+        own,
+        RESULTS,
         f"`python -m benchmarks.crosslingual {command}`",
-        f"Trained on English; {'; '.join(machines)}. Scores are test scores in per cent; a gain is over plain "
-        "fine-tuning with the same seeds, p of a two-sided paired t-test over seeds, not corrected for the number of "
-        "methods.",
+        f"Trained on English; {'; '.join(machines)}. Scores are test scores in per cent. A gain is over plain "
+        "fine-tuning with the same seeds, with the 95 % confidence interval of its mean over seeds and p of a "
+        "two-sided paired t-test; neither is corrected for the number of methods.",
     ]
+
+    def table(rows: tables.Rows, name: str) -> str:
+        tables.write_csv(rows, folder / f"{name}.csv")
+        return tables.markdown(rows)
+
+    def figure(drawn: bool, path: Path, what: str) -> None:
+        if drawn:
+            parts.append(f"![{what}]({Path(os.path.relpath(path, report.parent)).as_posix()})")
+
+    tables.write_csv(tables.scores(run for runs in by_task.values() for run in runs), folder / "scores.csv")
     if any(name in tasks.xglue.TASKS for name in by_task):
-        parts += ["## XGLUE", tables.understanding(by_task)]
+        parts += ["## XGLUE", table(tables.understanding(by_task), "understanding")]
     for name, runs in by_task.items():
-        parts += [f"## {name}", f"{_described(runs[0])}", tables.by_method(runs), tables.by_language(runs)]
+        parts += [
+            f"## {name}",
+            _described(runs),
+            table(tables.by_method(runs), f"{name}-methods"),
+            table(tables.by_language(runs), f"{name}-languages"),
+        ]
+        masks, curves, gains = (folder / f"{name}-{figure}.png" for figure in ("masks", "curves", "gains"))
         first_seed = [run for run in runs if run["seed"] == runs[0]["seed"]]
-        if figures.masks(first_seed, folder / f"{name}-masks.png"):
-            parts.append(f"![masks over epochs]({name}-masks.png)")
-        if figures.curves(runs, folder / f"{name}-curves.png"):
-            parts.append(f"![test score over epochs]({name}-curves.png)")
-        if figures.gains(runs, folder / f"{name}-gains.png", tables.BASELINE):
-            parts.append(f"![gain by language]({name}-gains.png)")
-    (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        figure(figures.masks(first_seed, masks), masks, "masks over epochs")
+        figure(figures.curves(runs, curves), curves, "test score over epochs")
+        figure(figures.gains(runs, gains, tables.BASELINE), gains, "gain by language")
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _described(run: dict) -> str:
-    settings = run["settings"]
-    return (
-        f"{settings['model']}, {run['examples']['train']} English training examples, {run['examples']['test']} test "
-        f"examples in all languages; {settings['epochs']} epochs, batch {settings['batch_size']}, "
+def _described(runs: list[dict]) -> str:
+    settings, examples = runs[0]["settings"], runs[0]["examples"]
+    text = (
+        f"{settings['model']}, {examples['train']} English training examples, {examples['test']} test examples in "
+        f"{len(runs[0]['test'])} languages; {settings['epochs']} epochs, batch {settings['batch_size']}, "
         f"lr {settings['lr']:g}."
     )
+    if runs[0]["metric"] == "accuracy":
+        one, average = tables.sampling_error(runs)
+        text += (
+            f" The choice of test examples alone gives a score a standard error of about {one:.1f} points in one "
+            f"language, and {average:.1f} in the average if languages are independent."
+        )
+    return text
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         results.append(result)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    table = tables.by_language(results)
+    table = tables.markdown(tables.by_language(results))
     (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (arguments.out / "table.md").write_text(table + "\n", encoding="utf-8")
     figures.languages(results, arguments.out / "languages.png")

@@ -85,7 +85,8 @@ def curves(results: list[dict], path: Path) -> bool:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel(f"test {results[0]['metric']}, mean over languages, %")
-    axes.set_title(f"{results[0]['task']}: zero-shot score over epochs")
+    seeds = sorted({result["seed"] for result in results})
+    axes.set_title(f"{results[0]['task']}: zero-shot score over epochs, seed {', '.join(map(str, seeds))}")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, path)
     return True
@@ -100,6 +101,11 @@ def gains(results: list[dict], path: Path, baseline: str) -> bool:
     methods = _by_method([run for run in results if run["method"] != baseline and run["seed"] in base])
     if not methods:
         return False
+    tested = list(methods[next(iter(methods))][0]["test"])
+    gain_of = {
+        method: np.array([[run["test"][name] - base[run["seed"]][name] for name in tested] for run in runs])
+        for method, runs in methods.items()
+    }
     columns = 3
     rows = -(-len(methods) // columns)
     figure, grid = plt.subplots(
@@ -107,9 +113,7 @@ def gains(results: list[dict], path: Path, baseline: str) -> bool:
     )
     for axes in grid.flat[len(methods) :]:
         axes.set_axis_off()
-    for i, (axes, (method, runs)) in enumerate(zip(grid.flat, methods.items(), strict=False)):
-        tested = list(runs[0]["test"])
-        gain = np.array([[run["test"][language] - base[run["seed"]][language] for language in tested] for run in runs])
+    for i, (axes, (method, gain)) in enumerate(zip(grid.flat, gain_of.items(), strict=False)):
         spread = gain.std(0, ddof=1) if len(gain) > 1 else None
         axes.bar(range(len(tested)), gain.mean(0), yerr=spread, color=COLOURS[(i + 1) % len(COLOURS)], capsize=1.5,
                  error_kw={"linewidth": 0.8})  # fmt: skip
@@ -118,8 +122,13 @@ def gains(results: list[dict], path: Path, baseline: str) -> bool:
         axes.set_title(f"{method}: {gain.mean():+.2f}", fontsize="small")
         axes.set_xticks(range(len(tested)), tested, fontsize="x-small")
         axes.tick_params(axis="x", labelbottom=True)  # sharex hides them above the last row
+    # one method that fails must not flatten all the others
+    limit = 1.5 * np.quantile(np.abs([gain.mean(0) for gain in gain_of.values()]), 0.85) or 1.0
+    axes.set_ylim(-limit, limit)
     figure.supylabel(f"gain over {baseline}, points of {results[0]['metric']}", fontsize="small")
-    figure.suptitle(f"{results[0]['task']}: gain by language (dashed: mean)", fontsize="small")
+    figure.suptitle(
+        f"{results[0]['task']}: gain by language (dashed: mean; long bars leave the axes)", fontsize="small"
+    )
     _save(figure, path)
     return True
 

@@ -1,8 +1,9 @@
-"""Tables of results, as training.run returns them: Markdown for readers, CSV for programs."""
+"""Tables of results, as training.run returns them: rows of cells, for readers (Markdown) and programs (CSV)."""
 
 import csv
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import ttest_rel
@@ -10,6 +11,7 @@ from scipy.stats import ttest_rel
 from . import xglue
 from .methods import METHODS
 
+Rows = list[list[str]]  # the first is the header
 BASELINE = "fine-tuning"
 
 # The paper's averages with XLM-R Large, in per cent: XNLI over its 15 languages, and XGLUE's understanding score
@@ -25,37 +27,33 @@ PAPER = {
 }
 
 
-def by_language(results: list[dict]) -> str:
+def by_language(results: list[dict]) -> Rows:
     """A row per method, a column per language, the average last: test scores in per cent, means over seeds."""
     languages = list(results[0]["test"])
     rows = [[f"{results[0]['task']}, {results[0]['metric']}", *languages, "average"]]
     for method, runs in _methods(results):
         means = [np.mean([run["test"][language] for run in runs]) for language in languages]
-        rows.append([method, *(f"{mean:.1f}" for mean in means), f"**{np.mean([_average(r) for r in runs]):.1f}**"])
-    return _markdown(rows)
+        rows.append([method, *(f"{mean:.1f}" for mean in means), f"{np.mean([_average(r) for r in runs]):.1f}"])
+    return rows
 
 
-def by_method(results: list[dict]) -> str:
-    """A row per method: mean and standard deviation over seeds of the average, the gain and its significance.
-
-    p is that of a two-sided paired t-test over seeds against plain fine-tuning with the same seeds.
-    """
+def by_method(results: list[dict]) -> Rows:
+    """A row per method: mean and standard deviation over seeds of the average, and the gain over plain fine-tuning."""
     base = {run["seed"]: _average(run) for run in results if run["method"] == BASELINE}
-    rows = [["method", "seeds", "average", "std", "en", "others", "gain", "p", "train s"]]
+    rows = [["method", "seeds", "average", "std", "en", "others", *_GAIN, "train s"]]
     for method, runs in _methods(results):
         values = [_average(run) for run in runs]
-        gain, p = paired(runs, base) if method != BASELINE else (None, None)
         english = np.mean([run["test"].get("en", np.nan) for run in runs])
         others = np.mean([score for run in runs for language, score in run["test"].items() if language != "en"])
         seconds = np.median([run["train_seconds"] for run in runs])
         rows.append([
             method, str(len(runs)), f"{np.mean(values):.2f}", _number(_std(values)), f"{english:.2f}", f"{others:.2f}",
-            _number(gain, "+"), _number(p, digits=3), f"{seconds:.0f}",
+            *_gain_cells(method, {run["seed"]: _average(run) for run in runs}, base), f"{seconds:.0f}",
         ])  # fmt: skip
-    return _markdown(rows)
+    return rows
 
 
-def understanding(results: dict[str, list[dict]]) -> str:
+def understanding(results: dict[str, list[dict]]) -> Rows:
     """The paper's table: a row per method, a column per XGLUE task, their mean, and the paper's figures.
 
     A seed counts for the mean only if it ran on all of the tasks.
@@ -63,7 +61,7 @@ def understanding(results: dict[str, list[dict]]) -> str:
     tasks = [name for name in xglue.TASKS if name in results]
     complete = len(tasks) == len(xglue.TASKS)
     score = "understanding score" if complete else f"mean of {len(tasks)}"
-    rows = [["method", *tasks, score, "std", "gain", "p", "paper: XNLI", "paper: understanding"]]
+    rows = [["method", *tasks, score, "std", *_GAIN, "paper: XNLI", "paper: understanding"]]
     base = _means_over_tasks([results[task] for task in tasks], BASELINE)
     present = {run["method"] for runs in results.values() for run in runs}
     for method in (name for name in METHODS if name in present):
@@ -72,49 +70,85 @@ def understanding(results: dict[str, list[dict]]) -> str:
             values = [_average(run) for run in results[task] if run["method"] == method]
             cells.append(_number(np.mean(values) if values else None))
         means = _means_over_tasks([results[task] for task in tasks], method)
-        gain, p = _paired(means, base) if method != BASELINE else (None, None)
         paper = [f"{value:.2f}" for value in PAPER[method]] if method in PAPER else ["", ""]
         mean = np.mean(list(means.values())) if means else None
-        rows.append(
-            [
-                method,
-                *cells,
-                _number(mean),
-                _number(_std(means.values())),
-                _number(gain, "+"),
-                _number(p, digits=3),
-                *paper,
+        rows.append([
+            method, *cells, _number(mean), _number(_std(means.values())), *_gain_cells(method, means, base), *paper,
+        ])  # fmt: skip
+    return rows
+
+
+def scores(results: Iterable[dict]) -> Rows:
+    """A row per task, method, seed, split and language."""
+    rows = [["task", "method", "seed", "split", "language", "metric", "score"]]
+    for result in results:
+        for split in ("dev", "test"):
+            rows += [
+                [result["task"], result["method"], str(result["seed"]), split, language, result["metric"], str(score)]
+                for language, score in result[split].items()
             ]
-        )
-    return _markdown(rows)
+    return rows
 
 
-def write_csv(results: Iterable[dict], path: Path) -> None:
-    """A line per task, method, seed, split and language."""
+def markdown(rows: Rows) -> str:
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
+
+    def line(cells: list[str]) -> str:
+        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
+
+
+def write_csv(rows: Rows, path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["task", "method", "seed", "split", "language", "metric", "score"])
-        for result in results:
-            for split in ("dev", "test"):
-                for language, score in result[split].items():
-                    writer.writerow([result["task"], result["method"], result["seed"], split, language,
-                                     result["metric"], score])  # fmt: skip
+        csv.writer(file).writerows(rows)
 
 
-def paired(runs: list[dict], base: dict[int, float]) -> tuple[float | None, float | None]:
-    """Mean gain over the baseline with the same seed, and p of the paired t-test; None where there are too few."""
-    return _paired({run["seed"]: _average(run) for run in runs}, base)
+class Gain(NamedTuple):
+    """A method's mean gain over plain fine-tuning with the same seeds, its 95 % confidence interval, and p of the
+    two-sided paired t-test over seeds. The last three are None for fewer than two seeds, or if all gains are equal."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
 
 
-def _paired(values: dict[int, float], base: dict[int, float]) -> tuple[float | None, float | None]:
+def paired(values: dict[int, float], base: dict[int, float]) -> Gain | None:
+    """``values`` and ``base`` are scores by seed. None if they have no seed in common."""
     seeds = sorted(values.keys() & base.keys())
     if not seeds:
-        return None, None
+        return None
     ours, theirs = [values[seed] for seed in seeds], [base[seed] for seed in seeds]
-    gain = float(np.mean(np.subtract(ours, theirs)))
+    mean = float(np.mean(np.subtract(ours, theirs)))
     if len(seeds) < 2 or np.ptp(np.subtract(ours, theirs)) == 0:
-        return gain, None
-    return gain, float(ttest_rel(ours, theirs).pvalue)
+        return Gain(mean)
+    test = ttest_rel(ours, theirs)
+    return Gain(mean, *map(float, test.confidence_interval(0.95)), float(test.pvalue))
+
+
+_GAIN = ["gain", "95 % interval", "p"]
+
+
+def _gain_cells(method: str, values: dict[int, float], base: dict[int, float]) -> list[str]:
+    gain = paired(values, base) if method != BASELINE else None
+    if gain is None:
+        return ["", "", ""]
+    interval = "" if gain.low is None else f"{gain.low:+.2f} to {gain.high:+.2f}"
+    return [_number(gain.mean, "+"), interval, _number(gain.p, digits=3)]
+
+
+def sampling_error(results: list[dict]) -> tuple[float, float]:
+    """Standard error of an accuracy, in points, that comes from the choice of test sentences: (one language's, the
+    average's). The second takes languages for independent; translations of the same sentences are not.
+    """
+    score = np.mean([_average(run) for run in results]) / 100
+    languages = len(results[0]["test"])
+    sentences = results[0]["examples"]["test"] / languages
+    one = 100 * (score * (1 - score) / sentences) ** 0.5
+    return float(one), float(one / languages**0.5)
 
 
 def _means_over_tasks(by_task: list[list[dict]], method: str) -> dict[int, float]:
@@ -140,14 +174,3 @@ def _std(values: Iterable[float]) -> float | None:
 
 def _number(value: float | None, sign: str = "", digits: int = 2) -> str:
     return "" if value is None else f"{value:{sign}.{digits}f}"
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
-
-    def line(cells: list[str]) -> str:
-        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
-    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])

@@ -188,6 +188,7 @@ def _arguments(settings: Settings, seed: int, folder: Path | str, saves: bool) -
         load_best_model_at_end=stops,
         metric_for_best_model="eval_dev" if stops else None,
         greater_is_better=True if stops else None,
+        restore_callback_states_from_checkpoint=stops,  # how long English dev has not risen
     )
 
 
