@@ -79,9 +79,10 @@ class GradDropCallback(TrainerCallback):
         if self.skip_dropped_layers and args.max_grad_norm:
             raise ValueError(
                 "max_grad_norm must be 0 with GradDropCallback(skip_dropped_layers=True), got "
-                f"{args.max_grad_norm!r}: the norm that the Trainer clips by would lack the gradients of skipped layers, "
-                "and training would differ from the same run without skipping. Set TrainingArguments(max_grad_norm=0), "
-                "or call graddrop_fused.skip.skip_dropped_layers yourself if that is what you want"
+                f"{args.max_grad_norm!r}: the norm that the Trainer clips by would lack the gradients of skipped "
+                "layers, and training would differ from the same run without skipping. Set "
+                "TrainingArguments(max_grad_norm=0), or call graddrop_fused.skip.skip_dropped_layers yourself if that "
+                "is what you want"
             )
         # Counted from here on: after an epoch that a callback cut short, state.epoch is not a whole number
         self._epoch = int(state.epoch or 0)
