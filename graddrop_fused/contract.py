@@ -33,7 +33,7 @@ class Effect(IntEnum):
     """What a dropped element means (Integer.EFFECT)."""
 
     GRADIENT = 0  # its gradient is zero; momentum and decay still move it
-    FREEZE = 1  # parameter and state stay untouched, bit for bit
+    FREEZE = 1  # parameter and state stay untouched, bit for bit (but for a NaN's payload in 2-byte dtypes)
     UPDATE = 2  # state takes the unmasked gradient; the step, decay included, is dropped (kept ones are rescaled)
 
 

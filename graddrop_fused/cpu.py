@@ -83,8 +83,10 @@ class _Table:
     def __init__(self, batch: Batch):
         rows = [layout_row(batch, i) for i in range(len(batch.shards))]
         self.layout = torch.tensor(rows, dtype=torch.int64).reshape(-1, Layout.columns())
-        self.grad_strides = [None if g is None else g.stride() for g in batch.grads]
-        self.grads_contiguous = _all_contiguous(batch.grads)
+        # of the gradients that the rows describe: where there is none, of the parameter, as in layout_row
+        described = [p if g is None else g for p, g in zip(batch.params, batch.grads, strict=False)]
+        self.grad_strides = [t.stride() for t in described]
+        self.contiguous = all([t.is_contiguous() for t in described])
         self.pointers = self.layout[:, Layout.GRAD].tolist()
         self.fixed_dtypes = _dtype_code("parameter", batch.params) + 16 * _dtype_code("state", batch.exp_avgs)
         self.dtypes = self.fixed_dtypes + 4 * _dtype_code("gradient", batch.grads)
@@ -96,16 +98,16 @@ class _Table:
             self.layout[:, Layout.GRAD] = torch.frombuffer(array("q", pointers), dtype=torch.int64)
             self.dtypes = self.fixed_dtypes + 4 * _dtype_code("gradient", batch.grads)
         # two contiguous tensors of one shape have the same strides, and asking for strides costs more
-        if not (self.grads_contiguous and _all_contiguous(batch.grads)):
+        if not (self.contiguous and _all_contiguous(batch.grads)):
             self._refresh_strides(batch)
 
     def _refresh_strides(self, batch: Batch) -> None:
         for i, grad in enumerate(batch.grads):
-            strides = None if grad is None else grad.stride()
-            if strides != self.grad_strides[i] and grad is not None:
-                self.grad_strides[i] = strides
+            if grad is not None and grad.stride() != self.grad_strides[i]:
+                self.grad_strides[i] = grad.stride()
                 self.layout[i] = torch.tensor(layout_row(batch, i), dtype=torch.int64)
-        self.grads_contiguous = _all_contiguous(batch.grads)
+        # an absent gradient's row still holds the strides of one that may have been another way round
+        self.contiguous = None not in batch.grads and _all_contiguous(batch.grads)
 
 
 def _all_contiguous(grads: Sequence[Tensor | None]) -> bool:

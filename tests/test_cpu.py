@@ -147,10 +147,29 @@ def test_gradients_that_move_and_change_layout(level):
     case = parity.Case("moving", (parity.Spec((17, 23)), parity.Spec((40,))))
     actual, expected = parity.build(case), parity.build(case)
     new = [lambda: torch.randn(17, 23), lambda: torch.randn(23, 17).t(), lambda: torch.randn(23).expand(17, 23)]
-    for make in (lambda: None, new[0], new[1], new[1], lambda: None, new[2], new[0], new[0]):
+    none = lambda: None  # noqa: E731
+    for make in (none, new[0], new[1], new[1], none, new[2], new[0], new[0], new[1], none, new[0], none, new[1]):
         grad = make()
         for batch in (actual, expected):
             batch.grads[0] = grad
+        expected.cache.clear()
+        cpu.adamw(actual, seed=1, level=level)
+        cpu.adamw(expected, seed=1, level=cpu.ORACLE)
+        assert_same_bits(actual, expected)
+
+
+@needs_op
+@at_every_simd_level
+def test_first_gradient_of_a_sliced_parameter(level):
+    """Its Batch was made without a gradient, and the gradient lies otherwise than the parameter."""
+    case = parity.Case("sliced", (parity.Spec((17, 46)),))
+    actual, expected = parity.build(case), parity.build(case)
+    for batch in (actual, expected):
+        for tensors in (batch.params, batch.exp_avgs, batch.exp_avg_sqs):
+            tensors[0] = tensors[0][:, ::2]
+        batch.shards[0] = Shard.whole((17, 23))
+    for grad in (None, torch.randn(17, 23), torch.randn(17, 23)):
+        actual.grads[0] = expected.grads[0] = grad
         expected.cache.clear()
         cpu.adamw(actual, seed=1, level=level)
         cpu.adamw(expected, seed=1, level=cpu.ORACLE)

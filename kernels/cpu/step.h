@@ -1,4 +1,4 @@
-// The three operations of the contract on one stretch of one tensor: local elements [begin, end) in row-major order.
+// The contract's operations, and the benchmark's floor, on one stretch of one tensor: local elements [begin, end) in row-major order.
 #pragma once
 
 #include "contract.h"

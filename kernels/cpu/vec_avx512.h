@@ -1,8 +1,9 @@
 // Eight float lanes with mask registers, and sixteen counters with Philox words in the low half of 64-bit lanes.
 #pragma once
 
-#ifdef GRADDROP_EMULATE_AVX512
-#include "emulate_avx512.h"
+#ifdef GRADDROP_EMULATE_AVX512  // test builds only: SIMDe runs AVX-512 on any x86-64 processor with AVX2
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
 #else
 #include <immintrin.h>
 #endif
@@ -24,16 +25,6 @@ struct MaskedFloats8 : Floats8 {
   };
   static Floats keep(Kept kept, Floats a) { return _mm256_maskz_mov_ps(kept, a); }
   static Floats select(Kept kept, Floats a, Floats b) { return _mm256_mask_blend_ps(kept, b, a); }
-
-  using Floats8::store;
-  static void store(bfloat16* x, Floats a) {
-    const __m256i bits = _mm256_castps_si256(a);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __mmask8 nan = _mm256_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-    const __m256i chosen = _mm256_mask_blend_epi32(nan, rounded, _mm256_set1_epi32(0x7fc00000));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_cvtepi32_epi16(_mm256_srli_epi32(chosen, 16)));
-  }
 };
 
 struct Philox16 {

@@ -378,6 +378,7 @@ def pack_kernel(
         tl.store(packed + at, words)
 
     WORDS: tl.constexpr = GENERAL // 32
+    packed = pointer(row + PACKED_WORDS, tl.int32)  # not aligned here
     for base in range(middle, stop, GENERAL):
         local = base + tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]
         inside = local < stop
