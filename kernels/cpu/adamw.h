@@ -1,5 +1,5 @@
-// Masked AdamW on a run of tiles, in the order of graddrop_fused/reference.py. No fused multiply-adds: every level and the
-// oracle give the same bits.
+// Masked AdamW on a run of tiles, in the order of graddrop_fused/reference.py. No fused multiply-adds: every level and
+// the oracle give the same bits.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// Standard normals from Philox words (Box-Muller), in float32: 1e-6 beside float64 where 1 - u >= 1e-5.
+// Standard normals from Philox words (Box-Muller), in float32, within docs/mask-stream.md's tolerance of float64's.
 // One order of operations for one element and for vectors, so that every level and the oracle give the same bits.
 #pragma once
 
@@ -12,7 +12,8 @@ namespace {
 
 // sqrt(-2 ln u), u = (word + 0.5) / 2**32
 inline float radius_of(uint32_t word) {
-  // near 1 from the distance to 1, which keeps its relative precision; else mantissa and exponent of 2**31 u, its mantissa around 1
+  // near 1 from the distance to 1, which keeps its relative precision; else by mantissa (around 1) and exponent of
+  // 2**31 u
   const bool near_one = word >= 0xB504F334u;  // u >= sqrt(1/2)
   const float distance = (static_cast<float>(static_cast<int32_t>(~word & 0x7fffffffu)) + 0.5f) * 0x1p-32f;
   const float scaled = static_cast<float>(static_cast<int32_t>(word >> 1)) + 0.25f + 0.5f * static_cast<float>(word & 1u);
