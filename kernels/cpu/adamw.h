@@ -47,14 +47,10 @@ inline const Scalars<double>& scalars_of(const Numbers& n, double) { return n.f6
 #endif
 
 // A batch of counters, its pieces spread evenly between the updates.
-template <int FIRST, class Draw, int... PIECE>
-GRADDROP_INLINE void draw_pieces_from(Draw& draw, int counter, std::integer_sequence<int, PIECE...>) {
-  (draw.template piece<FIRST + PIECE>(counter), ...);
-}
 template <int WIDTH, class Draw, class Update, int... GROUP>
 GRADDROP_INLINE void interleave(Draw& draw, int first, const Update& update, std::integer_sequence<int, GROUP...>) {
   constexpr int GROUPS = sizeof...(GROUP);
-  ((draw_pieces_from<GROUP * Draw::PIECES / GROUPS>(
+  ((draw_pieces<GROUP * Draw::PIECES / GROUPS>(
         draw, first / 4,
         std::make_integer_sequence<int, (GROUP + 1) * Draw::PIECES / GROUPS - GROUP * Draw::PIECES / GROUPS>{}),
     update(first + GROUP * WIDTH)),
@@ -127,7 +123,7 @@ void adamw_run(const Run& run, const Numbers& numbers) {
       if constexpr (V::WIDTH > 1) {
         interleave<V::WIDTH>(draw, first, update, std::make_integer_sequence<int, BATCH / V::WIDTH>{});
       } else {
-        draw_pieces(draw, first / 4, std::make_integer_sequence<int, Draw::PIECES>{});
+        draw_pieces<0>(draw, first / 4, std::make_integer_sequence<int, Draw::PIECES>{});
         GRADDROP_INDEPENDENT
         for (int i = first; i < first + BATCH; i += V::WIDTH) update(i);
       }

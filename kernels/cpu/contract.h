@@ -41,13 +41,4 @@ struct Call {
   double inv_grad_scale;
 };
 
-constexpr int ROUNDS = 10;
-constexpr int KEY_COPIES = 8;  // of every round key: AVX2 has no operands that broadcast from memory
-
-// Everything that decides a tensor's masks but the element.
-struct Stream {
-  alignas(32) uint32_t key0[ROUNDS][KEY_COPIES], key1[ROUNDS][KEY_COPIES];
-  uint32_t draw, stream, lo, span;
-};
-
 }  // namespace graddrop

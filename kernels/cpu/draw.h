@@ -14,8 +14,8 @@
 namespace graddrop {
 namespace {
 
-// Draws a tile in batches of COUNTERS counters, and a batch in PIECES, so that a caller can put other work between them:
-// a round waits for its multiplications, an update for its square root and division.
+// Draws a tile in batches of COUNTERS counters, and a batch in PIECES, so that a caller can put other work between
+// them: a round waits for its multiplications, an update for its square root and division.
 template <class Words>
 class TileDraw {
   using W = typename Words::Vector;
@@ -25,10 +25,11 @@ class TileDraw {
   static constexpr int PIECES = ROUNDS - 1;  // rounds 0 to 2 in one, the others, the decision
 
   // Only counter word 0 differs between the lanes, so one of the two products is a scalar in rounds 0 and 1.
-  GRADDROP_INLINE TileDraw(const Stream& s, uint64_t tile, uint32_t words[4]) : s_(s), words_(words), index_(tile * 32) {
+  GRADDROP_INLINE TileDraw(const Stream& s, uint64_t tile, uint32_t words[4])
+      : s_(s), words_(words), index_(tile * 32) {
     const uint64_t product2 = uint64_t{MULTIPLIER1} * s.draw;
     const uint32_t word0 = high(product2) ^ high(index_) ^ s.key0[0][0];  // after round 0; word 1 is low(product2)
-    const uint64_t product0 = uint64_t{MULTIPLIER0} * word0;           // round 1
+    const uint64_t product0 = uint64_t{MULTIPLIER0} * word0;                          // round 1
     round0_word2_ = s.stream ^ s.key1[0][0];
     round1_word0_ = low(product2) ^ s.key0[1][0];
     round1_word2_ = high(product0) ^ s.key1[1][0];
@@ -87,16 +88,17 @@ class TileDraw {
   W even_[4], odd_[4];  // counters first, first + 2, ... and first + 1, first + 3, ...
 };
 
-template <class Draw, int... PIECE>
-GRADDROP_INLINE void draw_pieces(Draw& draw, int first, std::integer_sequence<int, PIECE...>) {
-  (draw.template piece<PIECE>(first), ...);
+// Pieces FIRST and on of the batch whose first counter is the tile's number `counter`.
+template <int FIRST, class Draw, int... PIECE>
+GRADDROP_INLINE void draw_pieces(Draw& draw, int counter, std::integer_sequence<int, PIECE...>) {
+  (draw.template piece<FIRST + PIECE>(counter), ...);
 }
 
 template <class Draw>
 void draw_tile(const Stream& stream, uint64_t tile, uint32_t words[4]) {
   Draw draw(stream, tile, words);
   for (int first = 0; first < 32; first += Draw::COUNTERS) {
-    draw_pieces(draw, first, std::make_integer_sequence<int, Draw::PIECES>{});
+    draw_pieces<0>(draw, first, std::make_integer_sequence<int, Draw::PIECES>{});
   }
 }
 

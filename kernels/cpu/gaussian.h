@@ -16,7 +16,8 @@ inline float radius_of(uint32_t word) {
   // 2**31 u
   const bool near_one = word >= 0xB504F334u;  // u >= sqrt(1/2)
   const float distance = (static_cast<float>(static_cast<int32_t>(~word & 0x7fffffffu)) + 0.5f) * 0x1p-32f;
-  const float scaled = static_cast<float>(static_cast<int32_t>(word >> 1)) + 0.25f + 0.5f * static_cast<float>(word & 1u);
+  const float half = 0.5f * static_cast<float>(word & 1u);
+  const float scaled = static_cast<float>(static_cast<int32_t>(word >> 1)) + 0.25f + half;
   const uint32_t bits = bits_of(scaled);
   const int32_t exponent = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;
   const float mantissa = float_of(bits - (static_cast<uint32_t>(exponent) << 23));
@@ -41,9 +42,10 @@ inline void turn_of(uint32_t word, float& cosine, float& sine) {
   const float angle = (static_cast<float>(static_cast<int32_t>(word - (quadrant << 30))) + 0.5f) * 1.46291808e-9f;
   const float square = angle * angle;
   const float s = angle + angle * (square * (-0.166666507f + square * (0.00833197865f + square * -0.000194956346f)));
-  const float c =
-      1.0f - 0.5f * square + square * (square * (0.0416666469f + square * (-0.00138873675f + square * 2.44384498e-05f)));
-  const uint32_t swap = 0u - (quadrant & 1u), c_sign = (quadrant + 1u) << 30 & 0x80000000u, s_sign = quadrant << 30 & 0x80000000u;
+  const float fourth = 0.0416666469f + square * (-0.00138873675f + square * 2.44384498e-05f);
+  const float c = 1.0f - 0.5f * square + square * (square * fourth);
+  const uint32_t swap = 0u - (quadrant & 1u);
+  const uint32_t c_sign = (quadrant + 1u) << 30 & 0x80000000u, s_sign = quadrant << 30 & 0x80000000u;
   cosine = float_of(((bits_of(c) & ~swap) | (bits_of(s) & swap)) ^ c_sign);
   sine = float_of(((bits_of(s) & ~swap) | (bits_of(c) & swap)) ^ s_sign);
 }

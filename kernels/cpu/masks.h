@@ -18,7 +18,9 @@ inline Mask kind_of(const Call& call, int64_t tensor) {
   return layer_kept(stream_of(call.seed, call.integers[tensor])) ? Mask::KEEP : Mask::DROP;
 }
 
-inline bool unit(const int64_t* stride, const Layout& row) { return row.ndim == 0 || (row.ndim == 1 && stride[0] == 1); }
+inline bool unit(const int64_t* stride, const Layout& row) {
+  return row.ndim == 0 || (row.ndim == 1 && stride[0] == 1);
+}
 
 inline void fill_words(uint32_t words[4], bool kept) { std::memset(words, kept ? 0xff : 0, 16); }
 
@@ -66,7 +68,11 @@ inline void walk(const Layout& row, int64_t start, int count, Elements& out) {
 class MaskWords {
  public:
   MaskWords(const Level& level, const Call& call, int64_t tensor)
-      : draw_(level.draw), normals_(level.normals), row_(call.layout[tensor]), stream_(stream_of(call.seed, call.integers[tensor])), kind_(kind_of(call, tensor)),
+      : draw_(level.draw),
+        normals_(level.normals),
+        row_(call.layout[tensor]),
+        stream_(stream_of(call.seed, call.integers[tensor])),
+        kind_(kind_of(call, tensor)),
         block_(static_cast<uint64_t>(call.integers[tensor].block)) {}
 
   Mask kind() const { return kind_; }

@@ -1,5 +1,5 @@
-// torch.ops.graddrop_fused_cpu: the contract's functions on its tables, on the LibTorch stable ABI (one binary for every
-// torch >= 2.10), with torch's own threads.
+// torch.ops.graddrop_fused_cpu: the contract's functions on its tables, on the LibTorch stable ABI (one binary for
+// every torch >= 2.10), with torch's own threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -76,7 +76,8 @@ void for_all(const Level& level, const Call& call, Stretch stretch) {
 }
 
 // dtypes: param + 4 * grad + 16 * state, each as Dtype
-Call call_of(const Tensor& layout, const Tensor& integers, const Tensor& reals, int64_t dtypes, int64_t seed, double inv) {
+Call call_of(const Tensor& layout, const Tensor& integers, const Tensor& reals, int64_t dtypes, int64_t seed,
+             double inv) {
   const int64_t tensors = layout.size(0);
   STD_TORCH_CHECK(layout.size(1) * 8 == int64_t{sizeof(Layout)} && integers.size(1) * 8 == int64_t{sizeof(Integers)} &&
                       reals.size(1) * 8 == int64_t{sizeof(Reals)},
@@ -95,7 +96,8 @@ Call call_of(const Tensor& layout, const Tensor& integers, const Tensor& reals, 
           inv};
 }
 
-void adamw(Tensor layout, Tensor integers, Tensor reals, int64_t dtypes, int64_t seed, double inv_grad_scale, int64_t level) {
+void adamw(Tensor layout, Tensor integers, Tensor reals, int64_t dtypes, int64_t seed, double inv_grad_scale,
+           int64_t level) {
   const Call call = call_of(layout, integers, reals, dtypes, seed, inv_grad_scale);
   level == ORACLE ? oracle_adamw(call) : for_all(level_of(level), call, adamw_stretch);
 }
@@ -123,7 +125,9 @@ int64_t real_columns() { return sizeof(Reals) / 8; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(graddrop_fused_cpu, library) {
-  library.def("adamw(Tensor layout, Tensor integers, Tensor reals, int dtypes, int seed, float inv_grad_scale, int level) -> ()");
+  library.def(
+      "adamw(Tensor layout, Tensor integers, Tensor reals, int dtypes, int seed, float inv_grad_scale, int level)"
+      " -> ()");
   library.def("mask_grads(Tensor layout, Tensor integers, Tensor reals, int dtypes, int seed, int level) -> ()");
   library.def("pack(Tensor layout, Tensor integers, Tensor reals, int seed, int level) -> ()");
   library.def("stream(Tensor layout, Tensor integers, Tensor reals, int level) -> ()");

@@ -7,6 +7,16 @@
 #include "contract.h"
 
 namespace graddrop {
+
+constexpr int ROUNDS = 10;
+constexpr int KEY_COPIES = 8;  // of every round key: AVX2 has no operands that broadcast from memory
+
+// Everything that decides a tensor's masks but the element.
+struct Stream {
+  alignas(32) uint32_t key0[ROUNDS][KEY_COPIES], key1[ROUNDS][KEY_COPIES];
+  uint32_t draw, stream, lo, span;
+};
+
 namespace {  // every translation unit has its own copy: they are compiled for different processors
 
 constexpr uint32_t MULTIPLIER0 = 0xD2511F53, MULTIPLIER1 = 0xCD9E8D57;
@@ -40,7 +50,8 @@ inline Words outputs(const Stream& s, uint64_t index, Purpose purpose) {
   Words c = {{low(index), high(index) | static_cast<uint32_t>(purpose) << 24, s.draw, s.stream}};
   for (int r = 0; r < ROUNDS; ++r) {
     const uint64_t product0 = uint64_t{MULTIPLIER0} * c.word[0], product2 = uint64_t{MULTIPLIER1} * c.word[2];
-    c = {{high(product2) ^ c.word[1] ^ s.key0[r][0], low(product2), high(product0) ^ c.word[3] ^ s.key1[r][0], low(product0)}};
+    c = {{high(product2) ^ c.word[1] ^ s.key0[r][0], low(product2),  //
+          high(product0) ^ c.word[3] ^ s.key1[r][0], low(product0)}};
   }
   return c;
 }

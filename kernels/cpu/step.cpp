@@ -16,11 +16,13 @@ struct alignas(64) Buffer {
 
 template <class T>
 void gather_as(const char* from, const int64_t* at, int count, char* to) {
-  for (int i = 0; i < count; ++i) std::memcpy(to + i * sizeof(T), from + at[i] * static_cast<int64_t>(sizeof(T)), sizeof(T));
+  constexpr int64_t SIZE = sizeof(T);
+  for (int i = 0; i < count; ++i) std::memcpy(to + i * SIZE, from + at[i] * SIZE, SIZE);
 }
 template <class T>
 void scatter_as(const char* from, const int64_t* at, int count, char* to) {
-  for (int i = 0; i < count; ++i) std::memcpy(to + at[i] * static_cast<int64_t>(sizeof(T)), from + i * sizeof(T), sizeof(T));
+  constexpr int64_t SIZE = sizeof(T);
+  for (int i = 0; i < count; ++i) std::memcpy(to + at[i] * SIZE, from + i * SIZE, SIZE);
 }
 inline void gather(int64_t size, const char* from, const int64_t* at, int count, char* to) {
   (size == 8 ? gather_as<uint64_t> : size == 4 ? gather_as<uint32_t> : gather_as<uint16_t>)(from, at, count, to);
@@ -146,12 +148,18 @@ class Gradient {
   template <class Global>
   const char* prepare(MaskWords& words, const char* grad, int count, Global global) {
     if (!convert_) return grad;
-    real_ == Dtype::FLOAT64 ? convert<double>(dtype_, grad, buffer_.bytes) : convert<float>(dtype_, grad, buffer_.bytes);
-    if (noisy_ && real_ == Dtype::FLOAT64) add_noise<double>(words, global, count, noise_std_, buffer_.bytes);
-    if (noisy_ && real_ == Dtype::FLOAT32) add_noise<float>(words, global, count, noise_std_, buffer_.bytes);
+    real_ == Dtype::FLOAT64 ? prepare_as<double>(words, grad, count, global)
+                            : prepare_as<float>(words, grad, count, global);
     return buffer_.bytes;
   }
+
  private:
+  template <class Real, class Global>
+  void prepare_as(MaskWords& words, const char* grad, int count, Global global) {
+    convert<Real>(dtype_, grad, buffer_.bytes);
+    if (noisy_) add_noise<Real>(words, global, count, noise_std_, buffer_.bytes);
+  }
+
   Dtype dtype_;
   double noise_std_;
   bool noisy_;
@@ -203,7 +211,8 @@ void adamw_stretch(const Level& level, const Call& call, int64_t tensor, int64_t
       gather(state_size, v, at.param, count, v_tile.bytes);
       if (vmax) gather(state_size, vmax, at.param, count, vmax_tile.bytes);
       if (!zero_grad) gather(grad_size, g, at.grad, count, g_tile.bytes);
-      gathered.g = zero_grad ? ZEROS : gradient.prepare(words, g_tile.bytes, count, [&](int i) { return at.global[i]; });
+      const auto global = [&](int i) { return at.global[i]; };
+      gathered.g = zero_grad ? ZEROS : gradient.prepare(words, g_tile.bytes, count, global);
       update(gathered, numbers);
       scatter(param_size, p_tile.bytes, at.param, count, p);
       scatter(state_size, m_tile.bytes, at.param, count, m);

@@ -1,4 +1,5 @@
-// The contract's operations, and the benchmark's floor, on one stretch of one tensor: local elements [begin, end) in row-major order.
+// The contract's operations, and the benchmark's floor, on one stretch of one tensor: local elements [begin, end) in
+// row-major order.
 #pragma once
 
 #include "contract.h"
