@@ -9,6 +9,7 @@ from benchmarks import populations
 from benchmarks.contestant import Contestant
 from benchmarks.ours import (
     BLOCK,
+    COPIES,
     DRAWN,
     FLOOR,
     FROZEN_BLOCKS,
@@ -108,7 +109,7 @@ COMPOSITIONS = [
     "magma-optimizer, torch fused",
     "pytorch-optimizer's Magma, torch fused",
 ]
-FAST = [BASE, "DeepSpeedCPUAdam", DRAWN, PACKED, NO_MASK, FROZEN_BLOCKS, FLOOR]
+FAST = [BASE, "DeepSpeedCPUAdam", DRAWN, PACKED, NO_MASK, FROZEN_BLOCKS, FLOOR, COPIES]
 GPU_PEERS = ["apex FusedAdam", "FlashOptim FlashAdamW", "torchao AdamW8bit", "bitsandbytes AdamW8bit"]
 EVERYONE = [BASE, "torch foreach", "torch for-loop", *COMPOSITIONS, "attach(), then torch fused", *GPU_PEERS, *FAST[1:]]
 POLICIES = [
@@ -127,12 +128,13 @@ POLICIES = [
     "StaticMask",
     FROZEN_BLOCKS,
 ]
-MIXED = ["torch fused, state like parameters", "DeepSpeedCPUAdam", DRAWN, PACKED, NO_MASK, FROZEN_BLOCKS]
+MIXED = ["torch fused, state like parameters", "DeepSpeedCPUAdam", DRAWN, PACKED, NO_MASK, FROZEN_BLOCKS, COPIES]
 
 PEER_TIMES, POLICY_TIMES = "Side by side", "By policy"
 POPULATION_TIMES, DTYPE_TIMES, THREAD_TIMES = "By tensor population", "By dtype", "By threads and instruction set"
 BY_P, BY_SIZE, BY_COUNT = "As p grows", "As size grows", "As the number of tensors grows"
 DRAWING, SHARE = "Mask drawing alone", "Share of a training step"
+ON_CPU = (THREAD_TIMES, DRAWING, SHARE)  # questions that are not asked of a GPU
 
 CASES = [
     case("peers", PEER_TIMES, EVERYONE, quick=16 * M, full=67 * M, memory=True),
@@ -145,7 +147,7 @@ CASES = [
     case(
         "bfloat16",
         DTYPE_TIMES,
-        [BASE, "torch foreach", DRAWN, PACKED, NO_MASK, FROZEN_BLOCKS],
+        [BASE, "torch foreach", DRAWN, PACKED, NO_MASK, FROZEN_BLOCKS, COPIES],
         quick=16 * M,
         full=67 * M,
         dtype=torch.bfloat16,
@@ -184,7 +186,7 @@ CASES = [
         case(
             f"2^{power} elements",
             BY_SIZE,
-            [BASE, COMPOSED, DRAWN, PACKED, NO_MASK, FLOOR],
+            [BASE, COMPOSED, DRAWN, PACKED, NO_MASK, FLOOR, COPIES],
             one,
             quick=1 << power if power % 4 == 0 else None,
             full=1 << power,
@@ -232,6 +234,6 @@ def chosen(size: Size, device: str = "cpu") -> list[Case]:
     found = []
     for c in CASES:
         contestants = tuple(x for x in c.contestants if device in x.devices)
-        if c.elements[size.name] and (device == "cpu" or not (c.threads or c.training or c.question == DRAWING)):
+        if c.elements[size.name] and (device == "cpu" or c.question not in ON_CPU):
             found.append(Case(**{**vars(c), "contestants": contestants}))
     return found

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from benchmarks import cases, harness, results, run
-from graddrop_fused import cpu, triton_backend
+from benchmarks import cases, harness, ours, results, run
+from graddrop_fused import cpu
 
 PACKAGES = ("graddrop_fused", "torch", "triton", "transformers", "pytest-benchmark")
 PEER_PACKAGES = ("dropgrad", "magma-optimizer", "pytorch-optimizer", "deepspeed")
@@ -18,7 +18,7 @@ RESULTS = pytest.StashKey[dict]()
 def pytest_addoption(parser):
     group = parser.getgroup("graddrop_fused")
     group.addoption("--size", choices=cases.SIZES, default="quick", help="how much time to take; default: %(default)s")
-    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    group.addoption("--device", choices=ours.BACKENDS, default="cpu", help="default: %(default)s")
     group.addoption("--turns", type=int, help="turns of every case; default: as many as its time allows")
 
 
@@ -27,9 +27,7 @@ def pytest_configure(config):
 
 
 def pytest_sessionstart(session):
-    device = torch.device(session.config.option.device)
-    backend = cpu if device.type == "cpu" else triton_backend
-    if reason := backend.unavailable(device):
+    if reason := ours.unavailable(session.config.option.device):
         pytest.exit(f"nothing to time: {reason}", 1)
 
 

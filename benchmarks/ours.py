@@ -1,24 +1,40 @@
-"""Our contestants: every policy, the op's instruction-set levels, mask drawing alone, and the streaming floor."""
+"""Our contestants: every policy, the op's instruction-set levels, mask drawing alone, and the streaming floors."""
 
 import torch
 
 from benchmarks.contestant import LR, Contestant, P, one_pass
 from benchmarks.gate import Claim, MaskClaim, NoClaim
+from benchmarks.peers import fused
 from benchmarks.tensors import Tensors
-from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, GradFreeze, LayerGradDrop, StaticMask, attach, cpu
+from graddrop_fused import (
+    GradDrop,
+    GradDropAdamW,
+    GradDropEpoch,
+    GradFreeze,
+    LayerGradDrop,
+    StaticMask,
+    attach,
+    cpu,
+    dispatch,
+)
 from graddrop_fused.contract import Batch, Integer, Layout, Mask, Real, Shard, layout_row
 from graddrop_fused.mask_stream import bernoulli_window
 
 BLOCK = 1024
 MASKED = Claim(p=P)
+BACKENDS = {"cpu": "cpu", "cuda": "triton"}  # by device; never "auto", which would time the reference in silence
+
+
+def unavailable(device: str) -> str | None:
+    """Why ours cannot be timed on ``device``, in one line, or None."""
+    return dispatch.load(BACKENDS[device]).unavailable(torch.device(device))
 
 
 def optimizer(tensors: Tensors, policy=None, per_layer: bool = False, **arguments) -> GradDropAdamW:
     """``policy``: a function of the tensors, or None. per_layer: a group for each tensor."""
     params = tensors.groups() if per_layer else tensors.params
     drop = policy(tensors) if policy else None
-    device = tensors.params[0].device.type
-    backend = "cpu" if device == "cpu" else "triton"
+    backend = BACKENDS[tensors.device.type]
     own = tensors.give(
         GradDropAdamW(params, lr=LR, drop=drop, backend=backend, state_dtype=tensors.state_dtype, **arguments)
     )
@@ -51,9 +67,9 @@ def masks_of(tensors: Tensors) -> list[torch.Tensor]:
 
 
 def attached(tensors: Tensors):
-    fused = tensors.give(torch.optim.AdamW(tensors.params, lr=LR, fused=True))
-    attach(fused, drop=GradDrop(p=P), seed=0)
-    return fused.step
+    torchs = fused(tensors)
+    attach(torchs, drop=GradDrop(p=P), seed=0)
+    return torchs.step
 
 
 def _batch(tensors: Tensors, **more) -> Batch:
@@ -77,6 +93,20 @@ def floor(tensors: Tensors):
     layout = torch.tensor(rows, dtype=torch.int64).reshape(-1, Layout.columns())
     ops, level = cpu._op(None)
     return lambda: ops.stream(layout, batch.integers, batch.reals, level)
+
+
+def copies(tensors: Tensors):
+    """A GPU's floor: plain copies that read and write as many bytes as a step without a mask."""
+    size = tensors.elements * tensors.bytes_per_element // 2  # a copy reads and writes
+    times = -(-size // (1 << 28))  # at most 256 MiB a copy: beyond any cache, and little beside the tensors
+    source = torch.zeros(size // times, dtype=torch.uint8, device=tensors.device)
+    target = torch.empty_like(source)
+
+    def call():
+        for _ in range(times):
+            target.copy_(source)
+
+    return call
 
 
 def pack(tensors: Tensors):
@@ -155,5 +185,7 @@ OURS = [
     Contestant(FLOOR, floor, NoClaim(), devices=("cpu",), traffic=one_pass),
     Contestant("forward and backward", lambda t: t.forward_and_backward, NoClaim()),
 ]
+# under the same name, since a case has one floor; in every dtype, where the op's own streams float32 alone
+COPIES = Contestant(FLOOR, copies, NoClaim(), devices=("cuda",), traffic=one_pass)
 LOWER_LEVELS = [f"GradDrop at {level}" for level in cpu.levels()[:-1]]
 LOWER_PACKS = [f"pack at {level}" for level in cpu.levels()[:-1]]

@@ -24,7 +24,9 @@ def adamw(tensors: Tensors, **arguments):
 
 
 def fused(tensors: Tensors):
-    return adamw(tensors, fused=True)
+    # torch's fused step wants its counts on the device, foreach and the for-loop on the host
+    optimizer = torch.optim.AdamW(tensors.params, lr=LR, fused=True)
+    return tensors.give(optimizer, lambda count: torch.tensor(count, device=tensors.device))
 
 
 def masked_by(mask):
@@ -77,7 +79,7 @@ def pytorch_optimizer(tensors: Tensors):
 def deepspeed(tensors: Tensors):
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    return tensors.give(DeepSpeedCPUAdam(tensors.params, lr=LR, weight_decay=1e-2), step_type=int).step
+    return tensors.give(DeepSpeedCPUAdam(tensors.params, lr=LR, weight_decay=1e-2), count=int).step
 
 
 def apex(tensors: Tensors):

@@ -64,7 +64,10 @@ def table(case: CaseResult) -> str:
     """Ratios of every contestant to the case's base, with quartiles."""
     per_element = case.question not in (cases.DRAWING, cases.SHARE)
     last = {cases.DRAWING: "Gbit/s", cases.SHARE: "share of a step with it"}.get(case.question, "ns per element")
-    lines = [f"| step | time / {case.base} | quartiles | {last} |", "|---|---|---|---|"]
+    columns = ["step", f"time / {case.base}", "quartiles", last]
+    if case.has(FLOOR):
+        columns.append("share of the floor's rate")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in case.names:
         middle, low, high = case.ratio(name)
         if per_element:
@@ -73,8 +76,18 @@ def table(case: CaseResult) -> str:
             figure = f"{1 / case.nanoseconds(name):.2f}"
         else:
             figure = "" if name == case.base else f"{100 * middle / (1 + middle):.1f} %"
-        lines.append(f"| {name} | {middle:.2f} | {low:.2f} to {high:.2f} | {figure} |")
+        cells = [name, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", figure]
+        if case.has(FLOOR):
+            cells.append(_share(case, name))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _share(case: CaseResult, name: str) -> str:
+    """Bytes that a step must move over its time, as a share of the floor's rate, where they are known."""
+    if name not in case.traffic:
+        return ""
+    return f"{case.traffic[name] / case.traffic[FLOOR] / case.ratio(name, FLOOR)[0]:.2f}"
 
 
 def _head(run: Run, path: Path) -> list[str]:
@@ -82,12 +95,13 @@ def _head(run: Run, path: Path) -> list[str]:
     turns = [len(seconds) for case in run.cases.values() for seconds in case.timing.seconds.values()]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
     size = "" if run.size == "quick" else f" --size {run.size}"
+    device = "" if run.device == "cpu" else f" --device {run.device}"
     gpu = f", {machine['gpu']}" if "gpu" in machine else ""
     target = "" if path.parent.name == "results" else f" --report {path}"
     parts = [
         "# Benchmarks",
-        f"Written by `python -m benchmarks{size}{target}` on {run.date[:10]}, not by hand. `make bench` runs the quick"
-        " form.",
+        f"Written by `python -m benchmarks{size}{device}{target}` on {run.date[:10]}, not by hand."
+        " `make bench` runs the quick form.",
         "All contestants of a case share parameters, gradients and moments in one process and take turns in random"
         " order. Figures are medians over turns of ratios to the case's base, with quartiles. Before a contestant is"
         " timed, one step of it on these tensors must compute what it claims (`benchmarks/gate.py`)."

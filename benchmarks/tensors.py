@@ -47,6 +47,10 @@ class Tensors:
         return sum(p.numel() for p in self.params)
 
     @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.params[0].dtype
 
@@ -63,10 +67,10 @@ class Tensors:
         """A param group, and so a layer, for each tensor."""
         return [{"params": [param]} for param in self.params]
 
-    def give(self, optimizer, step_type=torch.tensor):
-        """The optimizer with the shared moments."""
+    def give(self, optimizer, count=torch.tensor):
+        """The optimizer with the shared moments. count: makes a step count of a float."""
         for param, m, v in zip(self.params, self.exp_avgs, self.exp_avg_sqs, strict=True):
-            optimizer.state[param] = {"step": step_type(float(STEP)), "exp_avg": m, "exp_avg_sq": v}
+            optimizer.state[param] = {"step": count(float(STEP)), "exp_avg": m, "exp_avg_sq": v}
         return optimizer
 
     def save_gradients(self) -> None:

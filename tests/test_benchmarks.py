@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, compare, harness, memory, populations, report, results, run
+from benchmarks import __main__ as suite
+from benchmarks import cases, compare, harness, memory, ours, populations, report, results, run
 from benchmarks.contestant import LR, Contestant
 from benchmarks.gate import Claim, MaskClaim, Red, Sample
 from benchmarks.harness import Timing
-from benchmarks.peers import BASE, fused, masked_by
+from benchmarks.ours import FLOOR
+from benchmarks.peers import BASE, adamw, fused, masked_by
 from benchmarks.tensors import Tensors
 from graddrop_fused import cpu
 
@@ -24,11 +26,14 @@ needs_op = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
+@pytest.fixture(
+    scope="module", params=[pytest.param("cpu", marks=needs_op), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def smoke(request, tmp_path_factory):
     """The suite in its smallest form, with a wrong contestant: (its exit, JSON, report)."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    command = [sys.executable, "-m", "benchmarks", "--size", "smoke", "-p", "tests.wrong_contestant", "-q"]
+    command = [sys.executable, "-m", "benchmarks", "--size", "smoke", "--device", request.param]
+    command += ["-p", "tests.wrong_contestant", "-q"]
     command += ["--json", folder / "run.json", "--report", folder / "run.md", "-p", "no:cacheprovider"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
@@ -37,21 +42,19 @@ def smoke(tmp_path_factory):
     return done, folder / "run.json", folder / "run.md"
 
 
-@needs_op
 def test_every_case_gives_an_entry_per_contestant(smoke):
     done, path, _ = smoke
     entries = json.loads(path.read_text())["benchmarks"]
     assert {entry["stats"]["rounds"] for entry in entries} == {2}
     assert all(entry["stats"]["min"] > 0 and len(entry["stats"]["data"]) == 2 for entry in entries)
     found = results.load(path)
-    for case in cases.chosen(cases.SIZES["smoke"]):
+    for case in cases.chosen(cases.SIZES["smoke"], found.device):
         named = {c.name for c in case.contestants}
         of_case = found.cases[case.name]
         assert set(of_case.names) | set(of_case.missing) == named, done.stdout
         assert not of_case.red
 
 
-@needs_op
 def test_a_wrong_contestant_has_no_figures(smoke):
     done, path, markdown = smoke
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout
@@ -62,20 +65,64 @@ def test_a_wrong_contestant_has_no_figures(smoke):
     assert "| torch fused, no decay |" not in text
 
 
-@needs_op
 def test_the_report_has_every_question_and_plot(smoke):
     _, path, markdown = smoke
     text, found = markdown.read_text(), results.load(path)
-    for question in {case.question for case in cases.chosen(cases.SIZES["smoke"])}:
+    for question in {case.question for case in cases.chosen(cases.SIZES["smoke"], found.device)}:
         assert f"## {question}\n" in text
     for plot in ("side-by-side", "by-case", "growth", "roofline"):
         assert f"(run/{plot}.png)" in text and (markdown.parent / "run" / f"{plot}.png").stat().st_size > 10_000
     for case in found.cases.values():
         assert all(f"- {name}: {reason}" in text for name, reason in case.missing.items())
-    assert "- apex FusedAdam: needs a GPU: " in text
+    assert ("- apex FusedAdam: needs a GPU: " in text) == (found.device == "cpu")
+    assert "| share of the floor's rate |" in text
 
 
-@needs_op
+def test_beside_a_floor_stand_shares_of_its_rate():
+    timing = Timing({BASE: [2.0], "half the bytes": [2.0], "bytes not known": [2.0], FLOOR: [1.0]})
+    traffic = {BASE: 28.0, "half the bytes": 14.0, FLOOR: 28.0}
+    facts = results.facts(cases.case("case", "question", []), run.Result(elements=1))
+    lines = report.table(results.CaseResult(**facts, timing=timing, traffic=traffic)).splitlines()
+    assert [line.split("|")[-2].strip() for line in lines[2:]] == ["0.50", "0.25", "", "1.00"]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+# the reference is slow on many tensors, and other cases have the same contestants
+GPU_CASES = [
+    case for case in cases.chosen(cases.SIZES["smoke"], "cuda") if len(case.shapes(case.elements["smoke"])) < 100
+]
+
+
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.name)
+def test_everybody_of_a_gpu_case_is_timed_with_the_reference_standing_in(case, monkeypatch):
+    monkeypatch.setitem(ours.BACKENDS, "cpu", "reference")
+    result = run.run(case, cases.SIZES["smoke"])
+    assert not result.red
+    assert set(result.timing.seconds) | set(result.missing) == {c.name for c in case.contestants}
+
+
+def test_every_call_on_a_gpu_waits_for_it():
+    calls = []
+    harness.take_turns({"a": lambda: calls.append("a")}, turns=1, warmup=0, synchronize=lambda: calls.append("wait"))
+    assert calls == ["wait", "a", "wait"]
+
+
+def test_step_counts_lie_where_torch_wants_them():
+    tensors = Tensors.random([(3,)], torch.float32, device="meta")
+    for optimizer, device in ((fused(tensors), "meta"), (adamw(tensors, foreach=True), "cpu")):
+        assert optimizer.state[tensors.params[0]]["step"].device.type == device
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: the suite would time it")
+def test_without_a_gpu_the_suite_says_so_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cuda"])
+    with pytest.raises(SystemExit) as stopped:
+        suite.main()
+    assert stopped.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("nothing to time: ") and printed.err.count("\n") == 1
+
+
 def test_a_run_reproduces_itself(smoke, capsys, monkeypatch):
     path = str(smoke[1])
     monkeypatch.setattr(sys, "argv", ["compare", path, path])
