@@ -40,7 +40,9 @@ def _adamw(batch: Batch, i: int, seed: int, inv_grad_scale: float) -> None:
     kept = keep(batch, i, seed)  # bool tensor, or one bool for all elements
     p, m, v = param.to(dtype), exp_avg.to(dtype), exp_avg_sq.to(dtype)
     g = torch.zeros_like(p) if batch.grads[i] is None else batch.grads[i].to(dtype) * (inv_grad_scale * sign)
-    if effect != Effect.UPDATE:
+    if effect == Effect.UPDATE:  # the whole step is rescaled, decay included
+        decay, step_size = 1 - scale * (1 - decay), scale * step_size
+    else:
         g = _masked(g, kept, scale * _noise(batch, i, seed, dtype))  # equations 2 and 3
 
     new_p = p * decay
@@ -49,8 +51,6 @@ def _adamw(batch: Batch, i: int, seed: int, inv_grad_scale: float) -> None:
     new_vmax = new_v if max_exp_avg_sq is None else torch.maximum(max_exp_avg_sq.to(dtype), new_v)
     new_p = new_p - step_size * new_m / (new_vmax.sqrt() / bias_correction2_sqrt + eps)
 
-    if effect == Effect.UPDATE:
-        new_p = p + scale * (new_p - p)
     if effect in (Effect.FREEZE, Effect.UPDATE):
         _assign(param, new_p, kept)
     else:

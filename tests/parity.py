@@ -248,6 +248,7 @@ def _declared() -> list[Case]:
         Case("span-extremes", tuple(Spec((500,), window=w) for w in ((0, 0), (0xFFFFFFFF, 0), (1, 0xFFFFFFFF)))),
         Case("window-wraps", (Spec((1000,), window=(0xC0000000, 0x7FFFFFFF)),)),
         Case("betas-zero", (Spec((300,), betas=(0.0, 0.0)), Spec((300,), betas=(0.0, 0.99), effect=Effect.UPDATE))),
+        Case("update-overflows", (Spec((300,), effect=Effect.UPDATE, rescale=1e9, lr=0.1),), F16, F32, F32, steps=2),
         Case(
             "no-decay", (Spec((300,), weight_decay=0.0), Spec((300,), lr=0.0), Spec((300,), lr=0.1, weight_decay=0.3))
         ),
@@ -410,7 +411,7 @@ def build(case: Case, device="cpu", capturable: bool = False) -> Batch:
     integers, reals = (table.to(device if capturable else "cpu") for table in _tables(case))
     batch = Batch(shards=shards, integers=integers, reals=reals, **lists)
     if capturable:
-        batch.masks = frozenset(s.mask for k in range(case.steps) for s in case.at_step(k).specs)
+        batch.pairs = frozenset((s.mask, s.effect) for k in range(case.steps) for s in case.at_step(k).specs)
     batch.grads = _gradients(case, batch)
     return batch
 
@@ -517,13 +518,15 @@ def _adamw_bounds(case: Case, before: Batch, truth: Batch, i: int) -> dict[str, 
     - v: nothing cancels: 4, and twice g's relative error
     - denominator and quotient: 8, where 4 are for the square root and division of a GPU (2 units in the last place)
     - p * decay and the difference: 3
-    For Effect.UPDATE all of p's change is multiplied by rescale.
+    Effect.UPDATE multiplies the step and 1 - decay by rescale.
     """
-    _, rescale, _, _, step_size, beta1, beta2, eps, bias_correction2_sqrt = before.reals[i].tolist()
+    _, rescale, _, decay, step_size, beta1, beta2, eps, bias_correction2_sqrt = before.reals[i].tolist()
     u = 2.0**-53 if case.param == F64 else 2.0**-24
     m, v, p = before.exp_avgs[i], before.exp_avg_sqs[i], before.params[i]
     update = before.integers[i, Integer.EFFECT] == Effect.UPDATE
     scale = 1.0 if update else rescale
+    if update:
+        decay, step_size = 1 - rescale * (1 - decay), rescale * step_size
     g, noise = torch.zeros_like(p), 0.0
     if before.grads[i] is not None:
         g = torch.where(_kept(case, before, i) | update, before.grads[i], 0.0).abs() * (
@@ -543,8 +546,8 @@ def _adamw_bounds(case: Case, before: Batch, truth: Batch, i: int) -> dict[str, 
     step = step_size * truth.exp_avgs[i].abs() / denominator
     relative = v_error / largest_v.clamp(min=tiny) / 2 + 8 * u
     # far from the first order where v is nearly all error: sqrt(v + e) - sqrt(v) <= sqrt(e)
-    p_error = step_size * m_error / denominator * (1 + relative) + step * relative + 3 * u * p.abs()
-    p_error = p_error * max(1.0, rescale) if update else p_error
+    p_error = step_size * m_error / denominator * (1 + relative) + step * relative
+    p_error += 3 * u * max(1.0, abs(decay)) * p.abs()
     return {
         "exp_avgs": m_error + tiny,
         "exp_avg_sqs": v_error + tiny,
