@@ -111,11 +111,12 @@ VARIANTS = [
 @dataclass(frozen=True)
 class Report:
     registers: int
-    spills: int  # local loads and stores
+    spills: int  # loads and stores of local memory
     stack: int  # bytes
     shared: int  # bytes
     widths: Counter  # bytes -> accesses of the full-chunk loop
-    per_element: dict[str, float]  # SASS instructions by pipe; empty for gfx942
+    per_element: dict[str, float]  # instructions by pipe
+    in_lanes: int = 0  # gfx942: scalars kept in lanes of a vector register, for want of scalar registers
 
 
 def compile_variant(variant: Variant, target: str):
@@ -142,8 +143,7 @@ def compile_variant(variant: Variant, target: str):
             constexprs={name: value for name, value in given.items() if name in kernel.arg_names},
         ),
         target=GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32),
-        options={"num_warps": sizes["num_warps"]}
-        | triton_backend.options(variant.kinds, variant.amsgrad, sizes.get("VECTOR", 4), nvidia=not amd),
+        options={"num_warps": sizes["num_warps"]} | triton_backend.OPTIONS,
     )
 
 
@@ -173,7 +173,7 @@ def _amdgcn(assembly: str, elements: int) -> Report:
         if not line.startswith(".L"):
             name = line.split()[0]
             pipes["VALU" if name.startswith("v_") else "SALU" if name.startswith("s_") else "memory"] += weight
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    spills = sum(line.startswith("scratch_") for line in lines)
     stack, shared = number("private_segment_fixed_size"), number("group_segment_fixed_size")
     return Report(
         number("vgpr_count"),
@@ -182,6 +182,7 @@ def _amdgcn(assembly: str, elements: int) -> Report:
         shared,
         Counter(widths.get(w, 2) for w in found),
         {name: count / elements for name, count in pipes.items()},
+        in_lanes=number("sgpr_spill_count"),
     )
 
 
@@ -301,13 +302,14 @@ def main() -> None:
         for target in options.targets:
             r = examine(variant, target)
             pipes = ", ".join(f"{name} {count:.1f}" for name, count in sorted(r.per_element.items()))
-            total = f"{sum(r.per_element.values()):.1f}: {pipes}" if r.per_element else "-"
+            total = f"{sum(r.per_element.values()):.1f}: {pipes}"
+            spills = f"{r.spills} ({r.in_lanes} scalars in lanes)" if r.in_lanes else str(r.spills)
             gpu = GPUS.get(target)
             shares = limits(variant, r, gpu) if gpu else {}
             said = f"{gpu.name}: " + ", ".join(f"{k} {v:.1f}x" for k, v in shares.items()) if gpu else "-"
             widths = ", ".join(f"{n} x {w} B" for w, n in sorted(r.widths.items()))
             print(
-                f"| {variant} | {target} | {variant.bytes_per_element:g} | {widths} | {r.registers} | {r.spills} | "
+                f"| {variant} | {target} | {variant.bytes_per_element:g} | {widths} | {r.registers} | {spills} | "
                 f"{r.stack} | {r.shared} | {total} | {said} |",
                 flush=True,
             )

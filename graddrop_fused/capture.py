@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .clock import Clock
-from .contract import Integer, Mask, Real
+from .contract import Effect, Integer, Mask, Real
 from .plan import Layers, integer_row, policy_of, real_row
 from .policies import KEEP
 
@@ -28,12 +28,13 @@ class DeviceRows:
         self.steps_per_epoch = clock.steps_per_epoch
         policies = [policy_of(group) for group in groups]
         lengths = [1 if p is None else p.length(layers.count) for p in policies]
-        rows = [
-            KEEP if policy is None else policy.row(index, layer, layers.count)
-            for policy, layer, length in zip(policies, layers.of_group, lengths, strict=True)
-            for index in range(length)
-        ]
-        self.masks = frozenset(Mask(row.mask) for row in rows)
+        rows, pairs = [], set()
+        for group, policy, layer, length in zip(groups, policies, layers.of_group, lengths, strict=True):
+            for index in range(length):
+                row = KEEP if policy is None else policy.row(index, layer, layers.count)
+                rows.append(row)
+                pairs.add((Mask(row.mask), Effect[group["effect"].upper()]))
+        self.pairs = frozenset(pairs)
         self.rows_integers = tensor([[row.mask, row.lo, row.span] for row in rows])
         self.rows_reals = tensor([[row.rescale, row.noise_std] for row in rows], torch.float64)
         self.lengths = tensor(lengths)

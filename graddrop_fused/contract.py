@@ -136,7 +136,7 @@ class Batch:
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     max_exp_avg_sqs: list[Tensor | None] = field(default_factory=list)  # None: not amsgrad
     packed: list[Tensor | None] = field(default_factory=list)  # int32 words; None: not needed
-    masks: frozenset[Mask] | None = None  # kinds that may occur; None: those in `integers` (on the host)
+    pairs: frozenset[tuple[Mask, Effect]] | None = None  # that may occur; None: those in `integers` (on the host)
     cache: dict = field(default_factory=dict)
 
 

@@ -16,7 +16,6 @@ from . import checkpoint, dispatch, preview, validate
 from .adamw_bucket import AdamWBucket, moment_dtype, restore_state
 from .capture import DeviceRows, check_not_capturing
 from .clock import Clock
-from .contract import Mask
 from .plan import Group, Layers, host_tables, make_buckets, members, packed_groups, policy_of, rows_at
 from .policies import Policy
 
@@ -183,7 +182,7 @@ class GradDropAdamW(Optimizer):
             bucket.use_packed(packed, self.seed)
             bucket.skip_absent()
             if capturable:
-                bucket.batch.masks = self._device_rows[bucket.device].masks | {Mask.DROP}  # absent tensors
+                bucket.batch.pairs = self._device_rows[bucket.device].pairs
             bucket.backend.adamw(bucket.batch, seed=self.seed, grad_scale=_to(grad_scale, bucket.device), found_inf=inf)
             bucket.batch.grads = []  # else zero_grad() would free nothing
         return loss

@@ -8,7 +8,7 @@ in ``batch.cache``, and the batch's two number tables. A call synchronises nothi
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,9 @@ from .contract import Batch, Effect, Integer, Layout, Mask, layout_row
 _OLDEST = (3, 5)
 CHUNK = 8192  # elements of a program: enough to amortise its tables, few enough to balance small tensors
 WARPS = 4
-# multiply-adds may contract, as in torch's own fused kernel; Triton's default is about to change
-FP_FUSION = True
+# Multiply-adds may contract, as in torch's own fused kernel; Triton's default is about to change. No register limit:
+# given one, NVIDIA's compiler spills before it looks for another order (docs/gpu.md).
+OPTIONS = {"enable_fp_fusion": True}
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -56,7 +57,8 @@ def adamw(batch: Batch, *, seed: int, grad_scale: Tensor | None = None, found_in
     from .kernels.triton.kernels import adamw_kernel
 
     amsgrad = any(t is not None for t in batch.max_exp_avg_sqs)
-    kinds, effects = kinds_and_effects(batch)
+    # what a step leaves alone is not counted: it comes and goes with gradients, and would compile anew
+    occurring = pairs(batch) - {(Mask.DROP, Effect.FREEZE)}
     grad_dtype = next((g.dtype for g in batch.grads if g is not None), None)
     _launch(
         adamw_kernel,
@@ -68,8 +70,8 @@ def adamw(batch: Batch, *, seed: int, grad_scale: Tensor | None = None, found_in
         PARAM_DTYPE=batch.params[0].dtype if batch.params else None,
         GRAD_DTYPE=grad_dtype or (batch.params[0].dtype if batch.params else None),
         STATE_DTYPE=batch.exp_avgs[0].dtype if batch.exp_avgs else None,
-        KINDS=kinds,
-        EFFECTS=effects,
+        KINDS=_bits(mask for mask, _ in occurring),
+        EFFECTS=_bits(effect for _, effect in occurring),
         AMSGRAD=amsgrad,
     )
 
@@ -80,14 +82,15 @@ def mask_grads(batch: Batch, *, seed: int) -> None:
 
     present = [g for g in batch.grads if g is not None]
     if present:
-        _launch(mask_grads_kernel, batch, present, seed=seed, GRAD_DTYPE=present[0].dtype, KINDS=kinds(batch))
+        kinds = _bits(mask for mask, _ in pairs(batch))
+        _launch(mask_grads_kernel, batch, present, seed=seed, GRAD_DTYPE=present[0].dtype, KINDS=kinds)
 
 
 def pack(batch: Batch, *, seed: int) -> None:
     """Draw every tensor's mask and write it to ``batch.packed``, in one launch."""
     from .kernels.triton.kernels import pack_kernel
 
-    _launch(pack_kernel, batch, batch.packed, seed=seed, KINDS=kinds(batch))
+    _launch(pack_kernel, batch, batch.packed, seed=seed, KINDS=_bits(mask for mask, _ in pairs(batch)))
 
 
 def shape(dtypes: Sequence[torch.dtype], warp_size: int) -> dict[str, int]:
@@ -106,39 +109,15 @@ def pack_shape(warp_size: int) -> dict[str, int]:
     return {"TILES": warp_size, "GENERAL": 4 * warp_size, "CHUNK": CHUNK, "num_warps": 1}
 
 
-def kinds(batch: Batch) -> int:
-    """The Mask kinds that may occur in the batch, as bits: what a kernel is specialised on."""
-    if batch.masks is None and batch.integers.device.type == "cpu":
-        return _bits(batch.integers[:, Integer.MASK].tolist())
-    return _bits(batch.masks or Mask)  # all, where a look would synchronise
-
-
-def kinds_and_effects(batch: Batch) -> tuple[int, int]:
-    """The same for adamw, and its Effects. What it leaves alone is not counted: it comes and goes with gradients."""
-    if batch.masks is not None or batch.integers.device.type != "cpu":
-        return kinds(batch), _bits(Effect)
-    rows = set(map(tuple, batch.integers[:, [Integer.MASK, Integer.EFFECT]].tolist()))
-    rows -= {(Mask.DROP, Effect.FREEZE)}
-    return _bits(mask for mask, _ in rows), _bits(effect for _, effect in rows)
+def pairs(batch: Batch) -> Set[tuple[int, int]]:
+    """The (Mask, Effect) that may occur in the batch: what a kernel is specialised on."""
+    if batch.pairs is not None:
+        return batch.pairs
+    return set(map(tuple, batch.integers[:, [Integer.MASK, Integer.EFFECT]].tolist()))
 
 
 def _bits(numbers: Iterable[int]) -> int:
     return sum(1 << int(n) for n in set(numbers))
-
-
-def options(kinds: int, amsgrad: bool, vector: int, nvidia: bool) -> dict[str, int | bool]:
-    """How a kernel is compiled. The register limits are the smallest found that spill nothing (docs/gpu.md)."""
-    chosen: dict[str, int | bool] = {"enable_fp_fusion": FP_FUSION}
-    if nvidia:
-        only = _bits((Mask.KEEP, Mask.DROP, Mask.LAYER, Mask.ELEMENT))
-        several = (kinds & ~only | kinds & 1 << Mask.ELEMENT).bit_count() > 1
-        if kinds & 1 << Mask.GAUSSIAN:
-            chosen["maxnreg"] = 160 if several or amsgrad else 64 if vector == 4 else 128
-        elif several or (amsgrad and (vector > 4 or kinds & ~only)):
-            chosen["maxnreg"] = 96
-        else:
-            chosen["maxnreg"] = 64
-    return chosen
 
 
 def _interpreted() -> bool:
@@ -176,12 +155,7 @@ def _launch(kernel, batch: Batch, tensors: list[Tensor], *, seed: int, **argumen
             seed=seed,
             **constants,
             **sizes,
-            **options(
-                arguments["KINDS"],
-                arguments.get("AMSGRAD", False),
-                sizes.get("VECTOR", 4),
-                nvidia=device.type != "cpu" and not torch.version.hip,
-            ),
+            **OPTIONS,
         )
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from graddrop_fused import GradDrop, GradDropAdamW, GradFreeze, LinearAnneal, triton_backend
-from graddrop_fused.contract import Mask
+from graddrop_fused.contract import Effect, Mask
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_under_the_interpreter starts")
@@ -106,7 +106,7 @@ def test_pack(small_passes, case):
 
 @interpreted
 def test_capturable_compiles_every_kind_that_its_schedule_can_reach(small_passes):
-    """Kernels are specialised on Batch.masks: a kind left out would be applied wrongly, without an error."""
+    """Kernels are specialised on Batch.pairs: a kind left out would be applied wrongly, without an error."""
     runs = []
     for backend in ("reference", "triton"):
         params = [torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (300, 33, 1000)]
@@ -119,7 +119,8 @@ def test_capturable_compiles_every_kind_that_its_schedule_can_reach(small_passes
                 if (i, step) == (0, 4):
                     p.grad = None  # a tensor that the call must leave alone
             opt.step()
-        assert opt._buckets[0].batch.masks == set(Mask) - {Mask.LAYER, Mask.PACKED, Mask.GAUSSIAN}
+        kinds = set(Mask) - {Mask.LAYER, Mask.PACKED, Mask.GAUSSIAN}
+        assert opt._buckets[0].batch.pairs == {(kind, Effect.FREEZE) for kind in kinds}
         runs.append(params)
     for actual, expected in zip(runs[1], runs[0], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)

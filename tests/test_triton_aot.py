@@ -27,37 +27,33 @@ def test_element_masks_on_every_target(target):
     assert sum(report.per_element.values()) <= (40 if target.startswith("sm") else 51)
 
 
-# variant, most instructions per element; all within 64 registers, without spills, in 16-byte accesses only
-WITHIN_64 = [
-    (Variant("none", "fp32"), 23),
-    (Variant("block", "fp32", effects=gpu_report.FREEZE), 42),
-    (Variant("packed", "fp32"), 26),
-    (Variant("layer", "fp32"), 24),
-    (Variant("gaussian", "fp32"), 68),
-    (Variant("element", "fp32", amsgrad=True), 43),
-    (Variant("element", "fp32", effects=gpu_report.ANY), 46),
-    (Variant("element", "bf16"), 47),
-    (Variant("element", "bf16, fp32 state"), 43),
-    (Variant("packed", "bf16, fp32 state"), 29),
-    (Variant("element", "fp32", kernel="mask_grads"), 24),
-    (Variant("element", "bf16", kernel="mask_grads"), 23),
-    (Variant("element", "fp32", kernel="pack"), 17),
-]
+# most instructions per element of the variants that take no more than 64 registers
+WITHIN_64 = {
+    Variant("none", "fp32"): 23,
+    Variant("none", "bf16"): 30,
+    Variant("block", "fp32", effects=gpu_report.FREEZE): 43,
+    Variant("packed", "fp32"): 26,
+    Variant("layer", "fp32"): 24,
+    Variant("element", "fp32"): 40,
+    Variant("element", "fp32", amsgrad=True): 43,
+    Variant("element", "fp32", effects=gpu_report.ANY): 47,
+    Variant("element", "bf16"): 47,
+    Variant("element", "bf16, fp32 state"): 43,
+    Variant("packed", "bf16, fp32 state"): 29,
+    Variant("element", "fp32", kernel="mask_grads"): 24,
+    Variant("element", "bf16", kernel="mask_grads"): 23,
+    Variant("element", "fp32", kernel="pack"): 17,
+}
 
 
-@pytest.mark.parametrize("variant, instructions", WITHIN_64, ids=lambda value: str(value))
-def test_within_64_registers(variant, instructions):
+@pytest.mark.parametrize("variant", gpu_report.VARIANTS, ids=str)
+def test_no_variant_spills(variant):
     report = gpu_report.examine(variant, "sm_90")
     assert (report.spills, report.stack) == (0, 0)
     assert set(report.widths) == {16}
-    assert report.registers <= 64
-    assert sum(report.per_element.values()) <= instructions
-
-
-def test_a_batch_of_all_kinds_spills_nothing():
-    report = gpu_report.examine(Variant("all", "fp32", effects=gpu_report.ANY), "sm_90")
-    assert (report.spills, report.stack) == (0, 0)
-    assert set(report.widths) == {16}
+    if variant in WITHIN_64:
+        assert report.registers <= 64
+        assert sum(report.per_element.values()) <= WITHIN_64[variant]
 
 
 def test_launches_compile_as_they_are_made(monkeypatch):

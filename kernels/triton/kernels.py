@@ -173,13 +173,14 @@ def adamw_kernel(
     fast = starts_on_tile(row) & is_linear(row, PARAM_STRIDE) & is_linear(row, GRAD_STRIDE) & (pointers % 16 == 0)
     middle = start + tl.where(fast, (stop - start) // (TILES * TILE) * (TILES * TILE), 0)
 
-    adamw_tiles(
-        start, middle, row, integers, reals, kind, effect, seed, grad_scale,
-        PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, AMSGRAD, TILES, VECTOR,
-    )  # fmt: skip
+    # the tail first: it needs fewer registers, and nothing of it stays in them during the fast passes
     adamw_elements(
         middle, stop, row, integers, reals, kind, effect, seed, grad_scale,
         PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, AMSGRAD, GENERAL,
+    )  # fmt: skip
+    adamw_tiles(
+        start, middle, row, integers, reals, kind, effect, seed, grad_scale,
+        PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, AMSGRAD, TILES, VECTOR,
     )  # fmt: skip
 
 
