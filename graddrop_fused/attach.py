@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import dispatch, preview, validate
+from .capture import capturing
 from .checkpoint import CLOCK
 from .clock import Clock
 from .plan import Bucket, Group, Layers, host_tables, make_buckets, members, packed_groups, policy_of, rows_at
@@ -116,6 +117,11 @@ class MaskHandle:
 
     @torch.no_grad()
     def _mask(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        if capturing():
+            raise RuntimeError(
+                "attach() must not mask under CUDA graph capture: every replay would draw the same mask. Use "
+                "GradDropAdamW(capturable=True), or leave the optimizer's step out of the graph"
+            )
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return

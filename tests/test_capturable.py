@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_policies import CASES, LAYERS, PER_EPOCH, SHAPES, build, gradients
 
-from graddrop_fused import GradDrop, GradDropAdamW
+from graddrop_fused import GradDrop, GradDropAdamW, attach
 from graddrop_fused.contract import Real
 from graddrop_fused.plan import runs
 from graddrop_fused.skip import skip_dropped_layers
@@ -146,6 +146,11 @@ def test_what_a_capture_cannot_hold_is_refused(gpu):
     with pytest.raises(RuntimeError, match="capturable=True"):
         opt.step()
     assert len(gpu.launches) == 2
+    sgd = torch.optim.SGD(params)
+    handle = attach(sgd, GradDrop(0.5), backend="triton")
+    with pytest.raises(RuntimeError, match="capturable=True"):
+        sgd.step()
+    assert handle.draw == 0 and len(gpu.launches) == 2
 
 
 @pytest.mark.parametrize(
