@@ -45,6 +45,9 @@ class AdamWBucket(Bucket):
             entry["step"] = step
         self.gathered = [tuple(entry[name] for entry in self.states) for name in ("step", *names)]
         self.names = ("step", *names)
+        # Views, and functions in place of operators below: for a few tensors Python is what a step costs.
+        columns = self.batch.reals.unbind(1)
+        self.columns = [columns[c] for c in (Real.BETA1, Real.BETA2, Real.STEP_SIZE, Real.BIAS_CORRECTION2_SQRT)]
 
         exp_avgs, exp_avg_sqs, *maxima = ([local(entry[name]) for entry in self.states] for name in names)
         self.batch.exp_avgs, self.batch.exp_avg_sqs = exp_avgs, exp_avg_sqs
@@ -104,9 +107,10 @@ class AdamWBucket(Bucket):
             counted = counted * present
         self.steps += counted
         self.fill(integers, reals)
-        table, t = self.batch.reals, self.steps.double()
-        table[:, Real.STEP_SIZE] /= 1 - table[:, Real.BETA1] ** t
-        table[:, Real.BIAS_CORRECTION2_SQRT] = (1 - table[:, Real.BETA2] ** t).sqrt()
+        t = self.steps.double()
+        beta1, beta2, step_size, bias_correction2_sqrt = self.columns
+        step_size.div_(torch.sub(1, torch.pow(beta1, t)))
+        bias_correction2_sqrt.copy_(torch.sub(1, torch.pow(beta2, t)).sqrt_())
 
     def skip_absent(self) -> None:
         if self.absent:

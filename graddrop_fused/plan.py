@@ -95,12 +95,13 @@ class Bucket:
         self.by_group: dict[int, list[int]] = {}  # the tensors of each group
         for i, member in enumerate(self.members):
             self.by_group.setdefault(member.group, []).append(i)
+        self.stream_column = self.batch.integers[:, Integer.STREAM]
 
     def fill(self, integers: Tensor, reals: Tensor) -> None:
         """Spread rows per group, (groups, 7) and (groups, 9), over the tensors."""
         torch.index_select(integers, 0, self.group_of, out=self.batch.integers)
         torch.index_select(reals, 0, self.group_of, out=self.batch.reals)
-        self.batch.integers[:, Integer.STREAM] = self.streams
+        self.stream_column.copy_(self.streams)
         if self.own_rescale is not None:
             self.batch.reals[:, Real.RESCALE] *= self.own_rescale
 
