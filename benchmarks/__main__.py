@@ -1,16 +1,15 @@
 """Run the suite and write its report.
 
-python -m benchmarks                # quick: results/benchmarks-quick.json, .md and plots
+python -m benchmarks                # quick: results/benchmarks-quick.md, beside it a folder of plots and JSON
 python -m benchmarks --size full --report docs/benchmarks.md
-python -m benchmarks --device cuda  # on a GPU: results/benchmarks-quick-cuda.json, .md and plots
+python -m benchmarks --device cuda  # on a GPU: results/benchmarks-quick-cuda.md
 python -m benchmarks -k "peers"     # any option of pytest
 """
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 from benchmarks import cases, ours, report, results
 
@@ -19,23 +18,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=cases.SIZES, default="quick")
     parser.add_argument("--device", choices=ours.BACKENDS, default="cpu")
-    parser.add_argument("--json", type=Path, help="default: results/benchmarks-SIZE[-cuda].json")
+    parser.add_argument("--out", type=Path, help="folder of the JSON; default: results/benchmarks-SIZE[-cuda]")
+    parser.add_argument("--sweeps", type=int, help="times to run the suite; default: by size")
     parser.add_argument("--report", type=Path, help="default: results/benchmarks-SIZE[-cuda].md")
     options, rest = parser.parse_known_args()
     if reason := ours.unavailable(options.device):
         parser.exit(1, f"nothing to time: {reason}\n")
     name = f"benchmarks-{options.size}" + ("" if options.device == "cpu" else f"-{options.device}")
-    path = options.json or Path(f"results/{name}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # a run without any entry writes none
-    suite = Path(__file__).parent
-    arguments = [str(suite), "--size", options.size, "--device", options.device, f"--benchmark-json={path}"]
-    status = pytest.main([*arguments, "--benchmark-quiet", *rest])
-    if path.exists():
+    out = options.out or Path(f"results/{name}")
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("*.json"):
+        old.unlink()
+    # Sweeps in processes of their own: where tensors lie in memory, and what else the machine does meanwhile, then
+    # belongs to the spread that the report states.
+    sweeps, status = options.sweeps or cases.SIZES[options.size].sweeps, 0
+    for sweep in range(1, sweeps + 1):
+        if sweeps > 1:
+            print(f"sweep {sweep} of {sweeps}", flush=True)
+        command = [sys.executable, "-m", "pytest", Path(__file__).parent, "--size", options.size]
+        command += ["--device", options.device, f"--benchmark-json={out / f'{sweep}.json'}", "--benchmark-quiet"]
+        status = max(status, subprocess.run([*command, *rest]).returncode)
+    if any(out.glob("*.json")):  # a run without any entry writes none
         written = options.report or Path(f"results/{name}.md")
-        report.write(results.load(path), written)
+        report.write(results.load(out), written)
         print(f"report: {written}")
-    return int(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ CONTESTANTS = {c.name: c for c in [*PEERS, *OURS, *MASKS]}
 
 @dataclass(frozen=True)
 class Size:
-    """How much time the suite takes: elements per population, seconds of timing per case, bounds of turns."""
+    """How much time the suite takes: sweeps over all cases; in a sweep, seconds of timing per case, bounds of turns."""
 
     name: str
+    sweeps: int
     seconds: float
     least: int
     most: int
@@ -40,9 +41,9 @@ class Size:
 
 
 SIZES = {
-    "smoke": Size("smoke", 0, 2, 2),  # all of the code in seconds: tests
-    "quick": Size("quick", 2.5, 9, 51),
-    "full": Size("full", 8, 15, 151),
+    "smoke": Size("smoke", 1, 0, 2, 2),  # all of the code in seconds: tests
+    "quick": Size("quick", 1, 2.5, 9, 51),
+    "full": Size("full", 3, 3, 7, 51),
 }
 
 

@@ -1,6 +1,6 @@
 """Does a second run reproduce a first?
 
-    python -m benchmarks.compare FIRST.json SECOND.json
+    python -m benchmarks.compare results/FIRST results/SECOND
 
 A ratio is reproduced if the second run's median lies between the first run's quartiles, or the first's between the
 second's. Printed are those that are not, and how many are.

@@ -1,6 +1,6 @@
 """The suite's report in Markdown, with plots, from pytest-benchmark's JSON.
 
-    python -m benchmarks.report results/benchmarks-full.json docs/benchmarks.md
+    python -m benchmarks.report results/benchmarks-full docs/benchmarks.md
 
 Plots go into a folder of the report's name. A contestant with a red gate has no figures.
 """
@@ -103,11 +103,13 @@ def _head(run: Run, path: Path) -> list[str]:
         f"Written by `python -m benchmarks{size}{device}{target}` on {run.date[:10]}, not by hand."
         " `make bench` runs the quick form.",
         "All contestants of a case share parameters, gradients and moments in one process and take turns in random"
-        " order. Figures are medians over turns of ratios to the case's base, with quartiles. Before a contestant is"
-        " timed, one step of it on these tensors must compute what it claims (`benchmarks/gate.py`)."
-        " `python -m benchmarks.compare FIRST.json SECOND.json` says whether a second run reproduces the ratios.",
+        " order. Figures are medians over turns of ratios to the case's base, with quartiles; the full size sweeps over"
+        " all cases three times, in processes of their own. Before a contestant is timed, one step of it on these"
+        " tensors must compute what it claims (`benchmarks/gate.py`). `python -m benchmarks.compare FIRST SECOND` says"
+        " whether a second run reproduces the ratios.",
         f"- Machine: {machine['summary']}{gpu}; op at {machine['op']}; {machine['memory'] / 2**30:.0f} GiB memory\n"
-        f"- Packages: {packages}\n- Turns per case: {min(turns, default=0)} to {max(turns, default=0)}",
+        f"- Packages: {packages}\n"
+        f"- Turns per case: {min(turns, default=0)} to {max(turns, default=0)}; sweeps: {run.sweeps}",
     ]
     missing = {name: reason for case in run.cases.values() for name, reason in case.missing.items()}
     if run.device == "cpu":
@@ -187,10 +189,10 @@ def _growth_table(found: list[CaseResult]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("report", type=Path)
     options = parser.parse_args()
-    write(results.load(options.json), options.report)
+    write(results.load(options.folder), options.report)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run of the suite, read back from pytest-benchmark's JSON."""
+"""A run of the suite, read back from pytest-benchmark's JSON: a file for each sweep, their turns pooled."""
 
 import json
 from dataclasses import dataclass, field
@@ -72,24 +72,37 @@ class Run:
     device: str
     date: str
     machine: dict
+    sweeps: int
     cases: dict[str, CaseResult]
 
     def of(self, question: str) -> list[CaseResult]:
         return [case for case in self.cases.values() if case.question == question]
 
 
-def load(path: str | Path) -> Run:
-    """Raises ValueError if the file is not the JSON of this suite."""
-    data = json.loads(Path(path).read_text())
-    if "suite" not in data:
-        raise ValueError(f"{path} must be written by this suite with --benchmark-json; it has no entry 'suite'")
-    suite = data["suite"]
-    found = {of_case["name"]: CaseResult(**of_case) for of_case in suite["cases"]}
+def load(folder: str | Path) -> Run:
+    """Raises ValueError if the folder does not hold JSON of this suite."""
+    files = sorted(Path(folder).glob("*.json"))
+    sweeps = [json.loads(file.read_text()) for file in files]
+    if not sweeps or not all("suite" in data for data in sweeps):
+        raise ValueError(f"{folder} must be a folder with JSON of this suite (python -m benchmarks), got {files}")
+    found: dict[str, CaseResult] = {}
+    for data in sweeps:
+        _add(data, found)
+    for case in found.values():
+        for name in case.red:  # in any sweep
+            case.timing.seconds.pop(name, None)
+    suite = sweeps[0]["suite"]
+    return Run(suite["size"], suite["device"], sweeps[0]["datetime"], sweeps[0]["machine_info"], len(sweeps), found)
+
+
+def _add(data: dict, found: dict[str, CaseResult]) -> None:
+    for of_case in data["suite"]["cases"]:
+        case = found.setdefault(of_case["name"], CaseResult(**of_case))
+        case.red.update(of_case["red"])
     for entry in data["benchmarks"]:
         case, name = found[entry["params"]["case"]], entry["params"]["contestant"]
-        case.timing.seconds[name] = entry["stats"]["data"]
+        case.timing.seconds.setdefault(name, []).extend(entry["stats"]["data"])
         if "memory" in entry["extra_info"]:
             case.memory[name] = entry["extra_info"]["memory"]
         if entry["extra_info"]["traffic"] is not None:
             case.traffic[name] = entry["extra_info"]["traffic"]
-    return Run(suite["size"], suite["device"], data["datetime"], data["machine_info"], found)

@@ -30,21 +30,21 @@ needs_op = pytest.mark.skipif(
     scope="module", params=[pytest.param("cpu", marks=needs_op), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
 def smoke(request, tmp_path_factory):
-    """The suite in its smallest form, with a wrong contestant: (its exit, JSON, report)."""
+    """The suite in its smallest form, with a wrong contestant: (its exit, folder of its JSON, report)."""
     folder = tmp_path_factory.mktemp("benchmarks")
     command = [sys.executable, "-m", "benchmarks", "--size", "smoke", "--device", request.param]
     command += ["-p", "tests.wrong_contestant", "-q"]
-    command += ["--json", folder / "run.json", "--report", folder / "run.md", "-p", "no:cacheprovider"]
+    command += ["--out", folder / "run", "--report", folder / "run.md", "-p", "no:cacheprovider"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
     )
     assert (folder / "run.md").exists(), done.stdout + done.stderr
-    return done, folder / "run.json", folder / "run.md"
+    return done, folder / "run", folder / "run.md"
 
 
 def test_every_case_gives_an_entry_per_contestant(smoke):
     done, path, _ = smoke
-    entries = json.loads(path.read_text())["benchmarks"]
+    entries = json.loads((path / "1.json").read_text())["benchmarks"]
     assert {entry["stats"]["rounds"] for entry in entries} == {2}
     assert all(entry["stats"]["min"] > 0 and len(entry["stats"]["data"]) == 2 for entry in entries)
     found = results.load(path)
@@ -129,6 +129,17 @@ def test_a_run_reproduces_itself(smoke, capsys, monkeypatch):
     compare.main()
     count = len(compare.ratios(results.load(path)))
     assert count > 50 and f"{count} of {count} ratios are reproduced" in capsys.readouterr().out
+
+
+def test_sweeps_are_pooled(smoke, tmp_path):
+    text = (smoke[1] / "1.json").read_text()
+    for sweep in (1, 2):
+        (tmp_path / f"{sweep}.json").write_text(text)
+    once, twice = results.load(smoke[1]), results.load(tmp_path)
+    assert twice.sweeps == 2
+    for name, case in once.cases.items():
+        pooled = twice.cases[name].timing.seconds
+        assert pooled == {contestant: seconds * 2 for contestant, seconds in case.timing.seconds.items()}
 
 
 def test_reproduced_means_within_the_quartiles_of_either_run():
@@ -219,7 +230,7 @@ def test_without_its_base_a_case_has_no_ratios():
     case = cases.case("case", "question", [WRONG["does nothing"], BASE], lambda n: [(n,)], base="wrong")
     result = run.run(case, cases.SIZES["smoke"])
     found = results.CaseResult.of(case, result)
-    here = results.Run("smoke", "cpu", "", {}, {"case": found})
+    here = results.Run("smoke", "cpu", "", {}, 1, {"case": found})
     assert "No ratios: wrong was not timed." in report.section(here, "question")
     assert compare.ratios(here) == {}
 
