@@ -28,13 +28,15 @@ class DeviceRows:
         self.steps_per_epoch = clock.steps_per_epoch
         policies = [policy_of(group) for group in groups]
         lengths = [1 if p is None else p.length(layers.count) for p in policies]
-        rows, pairs = [], set()
-        for group, policy, layer, length in zip(groups, policies, layers.of_group, lengths, strict=True):
-            for index in range(length):
-                row = KEEP if policy is None else policy.row(index, layer, layers.count)
-                rows.append(row)
-                pairs.add((Mask(row.mask), Effect[group["effect"].upper()]))
-        self.pairs = frozenset(pairs)
+        by_group = [
+            [KEEP if policy is None else policy.row(index, layer, layers.count) for index in range(length)]
+            for policy, layer, length in zip(policies, layers.of_group, lengths, strict=True)
+        ]
+        rows = [row for of_group in by_group for row in of_group]
+        effects = [Effect[group["effect"].upper()] for group in groups]
+        self.pairs = [
+            {(Mask(row.mask), effect) for row in of_group} for of_group, effect in zip(by_group, effects, strict=True)
+        ]
         self.rows_integers = tensor([[row.mask, row.lo, row.span] for row in rows])
         self.rows_reals = tensor([[row.rescale, row.noise_std] for row in rows], torch.float64)
         self.lengths = tensor(lengths)
@@ -87,8 +89,13 @@ class DeviceRows:
         ]
         if static != self.static:
             device = self.draw.device
-            self.integers = to_device(torch.tensor([integers for integers, _ in static]), device)
-            self.reals = to_device(torch.tensor([reals for _, reals in static], dtype=torch.float64), device)
+            integers = to_device(torch.tensor([integers for integers, _ in static]), device)
+            reals = to_device(torch.tensor([reals for _, reals in static], dtype=torch.float64), device)
+            if self.static is None:
+                self.integers, self.reals = integers, reals
+            else:  # in place: captured graphs read them
+                self.integers.copy_(integers)
+                self.reals.copy_(reals)
             self.static = static
 
 

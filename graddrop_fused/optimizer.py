@@ -182,7 +182,8 @@ class GradDropAdamW(Optimizer):
             bucket.use_packed(packed, self.seed)
             bucket.skip_absent()
             if capturable:
-                bucket.batch.pairs = self._device_rows[bucket.device].pairs
+                pairs = self._device_rows[bucket.device].pairs
+                bucket.batch.pairs = frozenset().union(*(pairs[group] for group in bucket.by_group))
             bucket.backend.adamw(bucket.batch, seed=self.seed, grad_scale=_to(grad_scale, bucket.device), found_inf=inf)
             bucket.batch.grads = []  # else zero_grad() would free nothing
         return loss
@@ -203,6 +204,7 @@ class GradDropAdamW(Optimizer):
         key = [(g["drop"], g["effect"], g["amsgrad"], g.get("layer"), g["capturable"]) for g in self.param_groups]
         params = [p for group in self.param_groups for p in group["params"]]
         if key != self._key or len(params) != len(self._params) or not all(map(operator.is_, params, self._params)):
+            check_not_capturing()
             self._forget()
         grads = [p.grad for p in params]
         if self._buckets is None or not self._take(params, grads):

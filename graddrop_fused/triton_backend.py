@@ -57,7 +57,7 @@ def adamw(batch: Batch, *, seed: int, grad_scale: Tensor | None = None, found_in
     from .kernels.triton.kernels import adamw_kernel
 
     amsgrad = any(t is not None for t in batch.max_exp_avg_sqs)
-    # what a step leaves alone is not counted: it comes and goes with gradients, and would compile anew
+    # what a step leaves alone is not counted: it comes and goes with gradients
     occurring = pairs(batch) - {(Mask.DROP, Effect.FREEZE)}
     grad_dtype = next((g.dtype for g in batch.grads if g is not None), None)
     _launch(

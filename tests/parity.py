@@ -237,6 +237,7 @@ def _declared() -> list[Case]:
     others = [
         Case("no-tensors", ()),
         Case("gaussian", gaussian),
+        Case("gaussian-update", (Spec((515,), Mask.GAUSSIAN, effect=Effect.UPDATE), Spec((300,), Mask.GAUSSIAN))),
         Case("first-step", _all_kinds(step=1)),
         Case("first-step-bf16", _all_kinds(step=1), BF16, BF16, BF16),
         Case("mixed-batch", mixed, steps=3),

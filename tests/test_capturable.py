@@ -127,6 +127,17 @@ def test_a_captured_step_with_switched_off_layers(gpu):
     assert len(gpu.launches) == 2
 
 
+def test_graphs_follow_changed_numbers(gpu):
+    """They read the tables of the capture, which must stay where they are."""
+    _, opt = on_gpu(GradDrop(0.5), "gradient")
+    opt.step()
+    (rows,) = opt._device_rows.values()
+    before = rows.integers, rows.reals
+    opt.param_groups[0]["lr"], opt.param_groups[0]["betas"] = 0.5, (0.8, 0.9)
+    opt.step()
+    assert rows.integers is before[0] and rows.reals is before[1]
+
+
 def test_what_a_capture_cannot_hold_is_refused(gpu):
     params, opt = on_gpu(GradDrop(0.5), "gradient")
     gpu.capturing = True
@@ -136,9 +147,12 @@ def test_what_a_capture_cannot_hold_is_refused(gpu):
     gpu.capturing = False
     opt.step()
     gpu.capturing = True
-    opt.param_groups[0]["lr"] = 0.5
-    with pytest.raises(RuntimeError, match="outside of capture first"):
-        opt.step()
+    for name, value in {"lr": 0.5, "effect": "freeze", "drop": GradDrop(0.1), "layer": "encoder"}.items():
+        before = opt.param_groups[0].get(name)
+        opt.param_groups[0][name] = value
+        with pytest.raises(RuntimeError, match="outside of capture first"):
+            opt.step()
+        opt.param_groups[0][name] = before
     params, opt = on_gpu(GradDrop(0.5), "gradient", capturable=False)
     gpu.capturing = False
     opt.step()

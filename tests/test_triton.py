@@ -13,7 +13,15 @@ import parity
 import pytest
 import torch
 
-from graddrop_fused import GradDrop, GradDropAdamW, GradFreeze, LinearAnneal, triton_backend
+from graddrop_fused import (
+    GradDrop,
+    GradDropAdamW,
+    GradFreeze,
+    LayerGradDrop,
+    LinearAnneal,
+    StaticMask,
+    triton_backend,
+)
 from graddrop_fused.contract import Effect, Mask
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -105,13 +113,24 @@ def test_pack(small_passes, case):
 
 
 @interpreted
-def test_capturable_compiles_every_kind_that_its_schedule_can_reach(small_passes):
-    """Kernels are specialised on Batch.pairs: a kind left out would be applied wrongly, without an error."""
+def test_capturable_compiles_all_that_its_schedules_can_reach(small_passes):
+    """Kernels are specialised on Batch.pairs: one left out would be applied wrongly, without an error."""
+    every_third = torch.arange(515) % 3 > 0
+    cases = [  # elements, policy, effect, masks
+        (300, GradDrop(anneal=LinearAnneal(0.9, total_steps=3)), "freeze", {Mask.ELEMENT, Mask.KEEP}),
+        (33, GradFreeze("bottom-up"), "update", {Mask.DROP, Mask.KEEP}),
+        (1000, GradDrop(0.5, block=128), "gradient", {Mask.BLOCK}),
+        (257, LayerGradDrop(0.5), "gradient", {Mask.LAYER}),
+        (515, StaticMask([every_third]), "update", {Mask.PACKED}),
+        (129, GradDrop(0.5, distribution="gaussian"), "gradient", {Mask.GAUSSIAN}),
+    ]
     runs = []
     for backend in ("reference", "triton"):
-        params = [torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (300, 33, 1000)]
-        drops = GradDrop(anneal=LinearAnneal(0.9, total_steps=3)), GradFreeze("bottom-up"), GradDrop(0.5, block=128)
-        groups = [{"params": [p], "drop": drop, "effect": "freeze"} for p, drop in zip(params, drops, strict=True)]
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, n)) for n, *_ in cases]
+        groups = [
+            {"params": [p], "drop": drop, "effect": effect}
+            for p, (_, drop, effect, _) in zip(params, cases, strict=True)
+        ]
         opt = GradDropAdamW(groups, lr=1e-2, capturable=True, steps_per_epoch=2, backend=backend)
         for step in range(6):
             for i, p in enumerate(params):
@@ -119,11 +138,17 @@ def test_capturable_compiles_every_kind_that_its_schedule_can_reach(small_passes
                 if (i, step) == (0, 4):
                     p.grad = None  # a tensor that the call must leave alone
             opt.step()
-        kinds = set(Mask) - {Mask.LAYER, Mask.PACKED, Mask.GAUSSIAN}
-        assert opt._buckets[0].batch.pairs == {(kind, Effect.FREEZE) for kind in kinds}
+        (bucket,) = opt._buckets
+        assert bucket.batch.pairs == {(m, Effect[effect.upper()]) for *_, effect, masks in cases for m in masks}
         runs.append(params)
     for actual, expected in zip(runs[1], runs[0], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("case", [c for c in parity.CASES if c.name in ("mixed-batch", "kinds-freeze", "p-extremes")])
+def test_with_tables_on_the_device(small_passes, case):
+    parity.check_adamw(triton_backend, case, capturable=True)
 
 
 @interpreted

@@ -36,6 +36,7 @@ from .tables import (
     GLOBAL_STRIDE,
     GRAD,
     GRAD_STRIDE,
+    GRADIENT,
     INTEGERS,
     LAYOUT,
     MASK_KIND,
@@ -116,8 +117,8 @@ def has_grad(row, kind, effect):
 
 
 @triton.jit
-def noise_std(kind, reals, dtype: tl.constexpr):
-    return tl.where(kind == GAUSSIAN, tl.load(reals + NOISE_STD), 0.0).to(dtype)
+def noise_std(kind, effect, reals, dtype: tl.constexpr):
+    return tl.where((kind == GAUSSIAN) & (effect != UPDATE), tl.load(reals + NOISE_STD), 0.0).to(dtype)
 
 
 @triton.jit
@@ -145,8 +146,8 @@ def adamw_kernel(
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
-    KINDS: tl.constexpr,  # bit k: Mask k may occur
-    EFFECTS: tl.constexpr,  # bit k: Effect k may occur, but for tensors that are left alone
+    KINDS: tl.constexpr,  # bit k: Mask k may occur; this and the next but for tensors that are left alone
+    EFFECTS: tl.constexpr,  # bit k: Effect k may occur
     AMSGRAD: tl.constexpr,  # some tensor has a max_exp_avg_sq
     TILES: tl.constexpr,  # of a fast pass
     VECTOR: tl.constexpr,  # consecutive elements of a thread
@@ -203,7 +204,7 @@ def adamw_tiles(
     vmax_ptr, has_vmax = aligned(row + MAX_EXP_AVG_SQ, STATE_DTYPE), tl.load(row + MAX_EXP_AVG_SQ) != 0
     packed = aligned(row + PACKED_WORDS, tl.int32)
     reads_grad = has_grad(row, kind, effect)
-    std = noise_std(kind, reals, dtype)
+    std = noise_std(kind, effect, reals, dtype)
 
     for first in range(start, stop, TILES * TILE):
         first = tl.multiple_of(first, TILE)
@@ -279,7 +280,7 @@ def adamw_elements(
         if AMSGRAD:
             vmax = tl.load(vmax_ptr, mask=vmax_live, other=0).to(dtype)
         if GAUSSIAN_BIT & KINDS:
-            g = g * (1 + noise_std(kind, reals, dtype) * elements_noise(index, integers, seed))
+            g = g * (1 + noise_std(kind, effect, reals, dtype) * elements_noise(index, integers, seed))
         factors = hyperparameters(reals, effect, grad_scale, dtype)
         p, m, v, vmax = update(p, g, m, v, vmax, factors, takes_grad(kept, effect), has_vmax, AMSGRAD)
         tl.store(p_ptr, p.to(PARAM_DTYPE), mask=inside & writes_param(kept, effect))
@@ -320,7 +321,7 @@ def mask_grads_kernel(
     fast &= (tl.load(row + GRAD) | tl.load(row + PACKED_WORDS)) % 16 == 0
     middle = start + tl.where(fast, (stop - start) // (TILES * TILE) * (TILES * TILE), 0)
     g_ptr, packed = aligned(row + GRAD, GRAD_DTYPE), aligned(row + PACKED_WORDS, tl.int32)
-    std = noise_std(kind, reals, dtype)
+    std = noise_std(kind, GRADIENT, reals, dtype)
     for first in range(start, middle, TILES * TILE):
         first = tl.multiple_of(first, TILE)
         whole = whole_tiles_kept(kind, offset + first, lo, span, block, draw, stream, seed, KINDS, TILES)
@@ -345,7 +346,7 @@ def mask_grads_kernel(
         at = pointer(row + GRAD, GRAD_DTYPE) + locate(local, row, GRAD_STRIDE)
         g = tl.load(at, mask=inside & kept, other=0).to(dtype) * rescale
         if GAUSSIAN_BIT & KINDS:
-            g = g * (1 + noise_std(kind, reals, dtype) * elements_noise(index, integers, seed))
+            g = g * (1 + noise_std(kind, GRADIENT, reals, dtype) * elements_noise(index, integers, seed))
         tl.store(at, tl.where(kept, g, 0.0).to(GRAD_DTYPE), mask=inside)
 
 
