@@ -5,10 +5,11 @@ import io
 
 import pytest
 import torch
-from test_policies import CASES, PER_EPOCH, build, gradients
+from named_parameters import SHAPES, give_gradients, parameters
+from test_policies import BACKENDS, CASES, PER_EPOCH, build, gradients
 from torch import nn
 
-from graddrop_fused import GradDrop, GradDropAdamW, attach
+from graddrop_fused import GradDrop, GradDropAdamW, StaticMask
 
 
 def train(params, opt, start, stop, tell=True):
@@ -20,20 +21,25 @@ def train(params, opt, start, stop, tell=True):
         opt.step()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("cut", [1, 2, 5])
-def test_continues_bit_for_bit(name, cut):
+def test_continues_bit_for_bit(name, cut, backend):
     drop = CASES[name][0]
-    params, opt = build([drop] * 3, ["gradient"] * 3)
+    params, opt = build([drop] * 3, ["gradient"] * 3, amsgrad=True, backend=backend)
     train(params, opt, 0, cut)
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
     file.seek(0)
     saved_params = [p.detach().clone() for p in params]
-    resumed, other = build([drop] * 3, ["gradient"] * 3)
+    # policies come from the checkpoint, but masks of the user's own do not
+    resumed, other = build(
+        [drop if name == "StaticMask" else None] * 3, ["gradient"] * 3, amsgrad=True, backend=backend
+    )
     for p, saved in zip(resumed, saved_params, strict=True):
         p.data.copy_(saved)
     other.load_state_dict(torch.load(file, weights_only=True))
+    assert (other.seed, other.draw, other.epoch) == (opt.seed, cut, opt.epoch)
     train(params, opt, cut, 8)
     train(resumed, other, cut, 8)
     assert all(torch.equal(p, q) for p, q in zip(params, resumed, strict=True))
@@ -77,29 +83,59 @@ def test_a_bad_checkpoint_changes_nothing(change, message):
         assert all(torch.equal(value, after["state"][index][key]) for key, value in entry.items())
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop])
-def test_an_attached_handle_goes_on_and_leaves(make):
-    def run(drop, cut):
-        torch.manual_seed(0)
-        params = [("a", nn.Parameter(torch.randn(17, 23))), ("b", nn.Parameter(torch.randn(33)))]
-        opt = make([p for _, p in params], lr=0.1)
-        handle = attach(opt, drop=drop, seed=5, backend="reference")
-        for step in range(6):
-            if step == cut:
-                state = handle.state_dict()
-                handle.remove()
-                handle = attach(opt, drop=drop, backend="reference")
-                handle.load_state_dict(state)
-            for _, p in params:
-                p.grad = torch.full_like(p, step + 1.0)
-            masks = [handle.keep_mask(p) for _, p in params]
-            opt.step()
-            assert all(torch.equal(p.grad != 0, mask) for (_, p), mask in zip(params, masks, strict=True))
-        assert handle.draw == 6
-        handle.remove()
-        params[0][1].grad = torch.ones(17, 23)
-        opt.step()
-        assert params[0][1].grad.all() and handle.draw == 6
-        return [p for _, p in params]
+@pytest.mark.parametrize("named", [True, False])
+def test_checkpoints_go_both_ways_with_torch(named):
+    def run(cls, params, **options):
+        return cls(params.items() if named else params.values(), lr=1e-2, **options)
 
-    assert all(torch.equal(p, q) for p, q in zip(run(GradDrop(p=0.5), 3), run(GradDrop(p=0.5), 99), strict=True))
+    ours, theirs = parameters(), parameters()
+    a, b = run(GradDropAdamW, ours, backend="reference"), run(torch.optim.AdamW, theirs, foreach=False)
+    for step in range(4):
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        a.step()
+        b.step()
+    from_theirs = run(GradDropAdamW, theirs, drop=GradDrop(0.0), seed=5, backend="reference")
+    from_theirs.load_state_dict(b.state_dict())
+    from_ours = run(torch.optim.AdamW, ours, foreach=False)
+    from_ours.load_state_dict(a.state_dict())
+    assert (from_theirs.draw, from_theirs.seed) == (4, 5)
+    for step in range(4, 8):
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        from_ours.step()
+        from_theirs.step()
+    for name in SHAPES:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=2e-5, atol=2e-6)
+
+
+def test_moments_of_another_dtype_survive_loading():
+    params = parameters(torch.bfloat16)
+    opt = GradDropAdamW(params.items(), state_dtype=torch.float32, drop=GradDrop(0.5))
+    give_gradients(params, 0)
+    opt.step()
+    other = GradDropAdamW(parameters(torch.bfloat16).items(), state_dtype=torch.float32)
+    other.load_state_dict(opt.state_dict())
+    for mine, theirs in zip(opt.state.values(), other.state.values(), strict=True):
+        assert mine["exp_avg"].dtype == torch.float32
+        assert torch.equal(mine["exp_avg"], theirs["exp_avg"])
+    half = parameters(torch.float16)
+    opt = GradDropAdamW(half.items())
+    give_gradients(half, 0)
+    opt.step()
+    assert {s["exp_avg_sq"].dtype for s in opt.state.values()} == {torch.float32}  # float16 squares underflow
+
+
+def test_static_masks_by_name():
+    params = parameters()
+    mask = torch.rand(SHAPES["a.weight"], generator=torch.Generator().manual_seed(1)) < 0.5
+    opt = GradDropAdamW(params.items(), drop=StaticMask({"a.weight": mask}), effect="freeze", weight_decay=0.5)
+    before = params["a.weight"].detach().clone()
+    give_gradients(params, 0)
+    opt.step()
+    assert torch.equal(params["a.weight"] != before, mask)
+    other = GradDropAdamW(params.items(), drop=StaticMask({"a.weight": mask}))
+    other.load_state_dict(opt.state_dict())
+    assert torch.equal(other.keep_mask(params["a.weight"]), mask)
+    with pytest.raises(ValueError, match="StaticMask"):
+        GradDropAdamW(params.items()).load_state_dict(opt.state_dict())

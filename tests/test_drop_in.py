@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from graddrop_fused import GradDrop, GradDropAdamW, attach, dispatch
+from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, attach, dispatch
 
 CPU = torch.device("cpu")
 BACKENDS = [name for name in ("reference", "cpu") if dispatch.load(name).unavailable(CPU) is None]
@@ -39,14 +39,21 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"amsgrad": True}, {"maximize": True, "weight_decay": 0.3}, {"lr": "tensor"}, {"betas": (0.5, 0.7)}],
+    [
+        {},
+        {"amsgrad": True},
+        {"maximize": True, "weight_decay": 0.3},
+        {"lr": "tensor"},
+        {"betas": (0.5, 0.7)},
+        {"eps": 1e-3},
+    ],
     ids=str,
 )
 def test_follows_torch_over_100_steps(backend, dtype, options):
     ours, theirs = parameters(dtype), parameters(dtype)
     lr = torch.tensor(1e-3, dtype=torch.float64) if options.get("lr") == "tensor" else 1e-3
     options = {**options, "lr": lr}
-    opt = GradDropAdamW(ours, **options, backend=backend)
+    opt = GradDropAdamW(ours, **options, drop=GradDrop(p=0.0), backend=backend)
     # torch's own loops compute float16 in float16; its fused step in float32, as we do
     ref = torch.optim.AdamW(theirs, **options, **({"fused": True} if dtype == torch.float16 else {"foreach": False}))
     for step in range(100):
@@ -78,8 +85,9 @@ def test_groups_scheduler_clipping_and_a_group_added_later():
     assert_close(run(lambda g: GradDropAdamW(g, backend="reference")), run(torch.optim.AdamW))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("unscale", [False, True])
-def test_grad_scaler_and_its_skipped_steps(unscale):
+def test_grad_scaler_and_its_skipped_steps(unscale, backend):
     def run(make):
         params = parameters()
         opt = make(params)
@@ -94,7 +102,7 @@ def test_grad_scaler_and_its_skipped_steps(unscale):
             scaler.update()
         return params, opt
 
-    ours, opt = run(lambda p: GradDropAdamW(p, backend="reference"))
+    ours, opt = run(lambda p: GradDropAdamW(p, backend=backend))
     assert_close(ours, run(torch.optim.AdamW)[0])
     assert opt.draw == 38
 
@@ -155,11 +163,13 @@ def test_zero_grad_frees_gradients(make):
 )
 def test_copies_continue_bit_for_bit(copy_of):
     params = parameters()
-    opt = GradDropAdamW(params, drop=GradDrop(p=0.3), seed=2**64 - 1, backend="reference")
+    opt = GradDropAdamW(params, drop=GradDropEpoch(p=0.5, toggle=True), seed=2**64 - 1)
+    opt.set_epoch(3)
     for step in range(3):
         set_gradients(params, step)
         opt.step()
     twin = copy_of(opt)
+    assert (twin.seed, twin.draw, twin.epoch) == (2**64 - 1, 3, 3)
     copies = twin.param_groups[0]["params"]
     for step in range(3, 6):
         for ps, o in ((params, opt), (copies, twin)):
@@ -208,6 +218,14 @@ def test_one_optimizer_per_parameter_draws_the_masks_of_the_whole():
         opt.step()
         opt.zero_grad()
     assert all(torch.equal(p, q) for p, q in zip(together.parameters(), alone.parameters(), strict=True))
+
+
+def test_names_make_masks_independent_of_order_and_wrappers():
+    params = [(f"layer.{i}", p) for i, p in enumerate(parameters())]
+    opt = GradDropAdamW(params, drop=GradDrop(0.5))
+    turned = GradDropAdamW([(f"module._orig_mod.{n}", p) for n, p in reversed(params)], drop=GradDrop(0.5))
+    for _, p in params:
+        assert torch.equal(opt.keep_mask(p), turned.keep_mask(p))
 
 
 def test_two_optimizers_side_by_side_and_state_dtype():

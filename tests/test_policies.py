@@ -8,8 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, GradFreeze, LayerGradDrop, LinearAnneal, StaticMask
+from graddrop_fused import (
+    GradDrop,
+    GradDropAdamW,
+    GradDropEpoch,
+    GradFreeze,
+    LayerGradDrop,
+    LinearAnneal,
+    StaticMask,
+    dispatch,
+)
 
+BACKENDS = [name for name in ("reference", "cpu") if dispatch.load(name).unavailable(torch.device("cpu")) is None]
 SEED, STEPS, PER_EPOCH, LR, DECAY, EPS, BETAS = 2**40 + 9, 9, 2, 1e-2, 0.1, 1e-8, (0.9, 0.999)
 SHAPES = {"a.weight": (17, 23), "b.bias": (33,), "c.weight": (129,)}
 LAYERS = ["first", "second", "third"]
@@ -33,11 +43,11 @@ def by_element(draw_of, window_of, block=1):
     return mask
 
 
-def by_layer(draw_of, p_of):
+def by_layer(draw_of, p_of, scale=1.0):
     def mask(step, epoch, name, numel, layer):
         lo, span = independent.bernoulli(p_of(step, epoch))
         word = independent.layer_word(SEED, draw_of(step, epoch), zlib.crc32(LAYERS[layer].encode()))
-        return [1.0 if independent.kept(word, lo, span) else None] * numel
+        return [scale if independent.kept(word, lo, span) else None] * numel
 
     return mask
 
@@ -96,6 +106,7 @@ CASES = {
     "replacement": (GradDropEpoch(p=0.4, replacement=True), by_element(each_epoch, lambda s, e: window(0.4))),
     "LayerGradDrop": (LayerGradDrop(p=0.5), by_layer(each_step, lambda s, e: 0.5)),
     "per epoch": (LayerGradDrop(p=0.5, per="epoch"), by_layer(each_epoch, lambda s, e: 0.5)),
+    "layers rescaled": (LayerGradDrop(p=0.5, rescale=True), by_layer(each_step, lambda s, e: 0.5, scale=2.0)),
     "layers anneal": (
         LayerGradDrop(anneal=LinearAnneal(0.9, epochs=3)),
         by_layer(each_step, lambda s, e: falling(0.9, 3, e)),
@@ -118,14 +129,14 @@ def gradients(step):
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES.values()]
 
 
-def build(drops, effects, **options):
+def build(drops, effects, backend="reference", **options):
     generator = torch.Generator().manual_seed(99)
     params = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in SHAPES.values()]
     groups = [
         {"params": [(name, p)], "layer": layer, "drop": drop, "effect": effect}
         for name, p, layer, drop, effect in zip(SHAPES, params, LAYERS, drops, effects, strict=True)
     ]
-    return params, GradDropAdamW(groups, lr=LR, weight_decay=DECAY, seed=SEED, backend="reference", **options)
+    return params, GradDropAdamW(groups, lr=LR, weight_decay=DECAY, seed=SEED, backend=backend, **options)
 
 
 def by_the_equations(param, masks, effect, grads):
@@ -146,9 +157,9 @@ def by_the_equations(param, masks, effect, grads):
     return p
 
 
-def check(names, effects, tell):
+def check(names, effects, tell, backend="reference"):
     policies, masks = zip(*(CASES[name] for name in names), strict=True)
-    params, opt = build(policies, effects, **({} if tell else {"steps_per_epoch": PER_EPOCH}))
+    params, opt = build(policies, effects, backend, **({} if tell else {"steps_per_epoch": PER_EPOCH}))
     start = [p.detach().flatten().tolist() for p in params]
     grads = [gradients(step) for step in range(1, STEPS + 1)]
     for step in range(1, STEPS + 1):
@@ -165,9 +176,10 @@ def check(names, effects, tell):
         torch.testing.assert_close(p.detach(), expected, rtol=1e-4 if "gaussian" in names else 1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name, effect", RUNS)
-def test_follows_the_equations(name, effect):
-    check([name] * 3, [effect] * 3, tell=effect != "update")
+def test_follows_the_equations(name, effect, backend):
+    check([name] * 3, [effect] * 3, tell=effect != "update", backend=backend)
 
 
 def test_groups_of_different_policies_and_effects():
