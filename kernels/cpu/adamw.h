@@ -58,7 +58,8 @@ GRADDROP_INLINE void interleave(Draw& draw, int first, const Update& update, std
 }
 
 // V does the arithmetic, Draw draws: the next tile's mask words between the updates of this one, since an update waits
-// for memory, a square root and a division, and a draw for multiplications.
+// for memory, a square root and a division, and a draw for multiplications. Updates wait so long that a processor's
+// window holds few whole ones: they go in three stages, of three neighbouring vectors at a time.
 template <class Draw, class V, class Real, class Param, class Grad, class State, Select SELECT, bool AMSGRAD>
 void adamw_run(const Run& run, const Numbers& numbers) {
   using F = typename V::Floats;
@@ -71,6 +72,35 @@ void adamw_run(const Run& run, const Numbers& numbers) {
   auto *exp_avg = static_cast<State*>(run.m), *exp_avg_sq = static_cast<State*>(run.v);
   auto* max_exp_avg_sq = static_cast<State*>(run.vmax);
   typename V::Decisions decisions{};
+
+  constexpr bool STAGES = V::WIDTH > 1;  // else the loop over elements is the compiler's to vectorise
+  constexpr bool SELECT_PARAM = SELECT == Select::FREEZE || SELECT == Select::UPDATE;
+  constexpr bool SELECT_STATE = SELECT == Select::FREEZE;
+  struct Rooted {
+    F p, m, root;
+    typename V::Kept kept;
+    Param* to;
+  };
+  struct Divided {
+    F p, quotient;
+    typename V::Kept kept;
+    Param* to;
+  };
+  Param nowhere[V::WIDTH];  // takes what the first two vectors find in the later stages
+  Rooted rooted = {V::set(0), V::set(0), V::set(1), {}, nowhere};
+  Divided divided = {V::set(0), V::set(0), {}, nowhere};
+  const auto divide = [&](const Rooted& x) __attribute__((always_inline)) {
+    return Divided{x.p, V::div(V::mul(step, x.m), V::add(x.root, eps)), x.kept, x.to};
+  };
+  const auto write = [&](const Divided& x) __attribute__((always_inline)) {
+    const F new_p = V::sub(V::mul(x.p, decay), x.quotient);
+    V::store(x.to, SELECT_PARAM ? V::select(x.kept, new_p, x.p) : new_p);
+  };
+  const auto write_pending = [&] {
+    if (!STAGES) return;
+    write(divided);
+    write(divide(rooted));
+  };
 
   const auto update = [&](int i) __attribute__((always_inline)) {
     typename V::Kept kept{};
@@ -86,12 +116,14 @@ void adamw_run(const Run& run, const Numbers& numbers) {
       old_vmax = V::load(max_exp_avg_sq + i);
       vmax = V::max(old_vmax, new_v);
     }
-    const F denominator = V::add(V::sqrt(vmax), eps);
-    const F new_p = V::sub(V::mul(p, decay), V::div(V::mul(step, new_m), denominator));
-
-    constexpr bool SELECT_PARAM = SELECT == Select::FREEZE || SELECT == Select::UPDATE;
-    constexpr bool SELECT_STATE = SELECT == Select::FREEZE;
-    V::store(param + i, SELECT_PARAM ? V::select(kept, new_p, p) : new_p);
+    const Rooted now = {p, new_m, V::sqrt(vmax), kept, param + i};
+    if constexpr (STAGES) {
+      write(divided);
+      divided = divide(rooted);
+      rooted = now;
+    } else {
+      write(divide(now));
+    }
     V::store(exp_avg + i, SELECT_STATE ? V::select(kept, new_m, m) : new_m);
     V::store(exp_avg_sq + i, SELECT_STATE ? V::select(kept, new_v, v) : new_v);
     if (AMSGRAD) V::store(max_exp_avg_sq + i, SELECT_STATE ? V::select(kept, vmax, old_vmax) : vmax);
@@ -112,7 +144,7 @@ void adamw_run(const Run& run, const Numbers& numbers) {
       for (int i = 0; i < TILE; i += V::WIDTH) update(i);
       next_tile();
     }
-    return;
+    return write_pending();
   }
   uint32_t drawn[2][4];  // this tile's words and the next one's
   draw_tile<Draw>(*run.stream, run.first_tile, drawn[0]);
@@ -130,6 +162,7 @@ void adamw_run(const Run& run, const Numbers& numbers) {
     }
     next_tile();
   }
+  write_pending();
 }
 
 template <class V, class Real, class Grad>

@@ -25,6 +25,18 @@ struct MaskedFloats8 : Floats8 {
   };
   static Floats keep(Kept kept, Floats a) { return _mm256_maskz_mov_ps(kept, a); }
   static Floats select(Kept kept, Floats a, Floats b) { return _mm256_mask_blend_ps(kept, b, a); }
+
+  using Floats8::store;
+  static void store(bfloat16* x, Floats a) {
+    const __m256i upper_halves = _mm256_setr_epi16(1, 3, 5, 7, 9, 11, 13, 15, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __mmask8 nan = _mm256_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    rounded = _mm256_mask_mov_epi32(rounded, nan, _mm256_set1_epi32(0x7fc00000));
+    rounded = _mm256_permutexvar_epi16(upper_halves, rounded);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_castsi256_si128(rounded));
+  }
 };
 
 struct Philox16 {
