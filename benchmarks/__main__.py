@@ -27,7 +27,7 @@ def main() -> int:
     name = f"benchmarks-{options.size}" + ("" if options.device == "cpu" else f"-{options.device}")
     out = options.out or Path(f"results/{name}")
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("*.json"):
+    for old in results.files(out):
         old.unlink()
     # Sweeps in processes of their own: where tensors lie in memory, and what else the machine does meanwhile, then
     # belongs to the spread that the report states.
@@ -38,7 +38,7 @@ def main() -> int:
         command = [sys.executable, "-m", "pytest", Path(__file__).parent, "--size", options.size]
         command += ["--device", options.device, f"--benchmark-json={out / f'{sweep}.json'}", "--benchmark-quiet"]
         status = max(status, subprocess.run([*command, *rest]).returncode)
-    if any(out.glob("*.json")):  # a run without any entry writes none
+    if results.files(out):  # a run without any entry writes none
         written = options.report or Path(f"results/{name}.md")
         report.write(results.load(out), written)
         print(f"report: {written}")

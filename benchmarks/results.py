@@ -79,12 +79,18 @@ class Run:
         return [case for case in self.cases.values() if case.question == question]
 
 
+def files(folder: str | Path) -> list[Path]:
+    """A run's JSON, one file for each sweep, by number: other files of the folder are left alone."""
+    return sorted(Path(folder).glob("[0-9]*.json"))
+
+
 def load(folder: str | Path) -> Run:
     """Raises ValueError if the folder does not hold JSON of this suite."""
-    files = sorted(Path(folder).glob("*.json"))
-    sweeps = [json.loads(file.read_text()) for file in files]
+    sweeps = [json.loads(file.read_text()) for file in files(folder)]
     if not sweeps or not all("suite" in data for data in sweeps):
-        raise ValueError(f"{folder} must be a folder with JSON of this suite (python -m benchmarks), got {files}")
+        raise ValueError(
+            f"{folder} must be a folder with JSON of this suite (python -m benchmarks), got {files(folder)}"
+        )
     found: dict[str, CaseResult] = {}
     for data in sweeps:
         _add(data, found)

@@ -7,12 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+from test_policies import BACKENDS
 from torch import nn
 
-from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, attach, dispatch
+from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, attach
 
-CPU = torch.device("cpu")
-BACKENDS = [name for name in ("reference", "cpu") if dispatch.load(name).unavailable(CPU) is None]
 SHAPES = [(0,), (1,), (33,), (129,), (17, 23)]
 # two roundings of the parameter's dtype a step, of which errors of opposite sign cancel
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -45,7 +44,7 @@ def assert_close(ours, theirs):
         {"maximize": True, "weight_decay": 0.3},
         {"lr": "tensor"},
         {"betas": (0.5, 0.7)},
-        {"eps": 1e-3},
+        {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.0},
     ],
     ids=str,
 )
@@ -107,6 +106,28 @@ def test_grad_scaler_and_its_skipped_steps(unscale, backend):
     assert opt.draw == 38
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scaled_and_skipped_steps_draw_the_masks_of_plain_ones(backend):
+    scaled, plain = parameters(), parameters()
+    opt = GradDropAdamW(scaled, drop=GradDrop(p=0.5), backend=backend)
+    ref = GradDropAdamW(plain, drop=GradDrop(p=0.5), backend=backend)
+    scaler = torch.amp.GradScaler(device="cpu", init_scale=8.0)
+    for step in range(3):
+        set_gradients(scaled, step, float(scaler.scale(torch.tensor(1.0))))
+        before = copy.deepcopy(scaled)
+        if step == 1:
+            scaled[2].grad[3] = torch.inf
+        scaler.step(opt)
+        scaler.update()
+        if step == 1:
+            assert all(torch.equal(p, q) for p, q in zip(scaled, before, strict=True)) and opt.draw == 1
+        else:
+            set_gradients(plain, step)
+            ref.step()
+    assert opt.draw == 2
+    assert_close(scaled, plain)
+
+
 def test_a_skipped_step_draws_no_mask():
     params = parameters()
     opt = GradDropAdamW(params, drop=GradDrop(p=0.5), backend="reference")
@@ -161,9 +182,10 @@ def test_zero_grad_frees_gradients(make):
 @pytest.mark.parametrize(
     "copy_of", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))], ids=["copy", "pickle"]
 )
-def test_copies_continue_bit_for_bit(copy_of):
+@pytest.mark.parametrize("drop", [GradDrop(p=0.3), GradDropEpoch(p=0.5, toggle=True)], ids=["step", "epoch"])
+def test_copies_continue_bit_for_bit(copy_of, drop):
     params = parameters()
-    opt = GradDropAdamW(params, drop=GradDropEpoch(p=0.5, toggle=True), seed=2**64 - 1)
+    opt = GradDropAdamW(params, drop=drop, seed=2**64 - 1)
     opt.set_epoch(3)
     for step in range(3):
         set_gradients(params, step)
