@@ -33,7 +33,7 @@ def smoke(request, tmp_path_factory):
     """The suite in its smallest form, with a wrong contestant: (its exit, folder of its JSON, report)."""
     folder = tmp_path_factory.mktemp("benchmarks")
     command = [sys.executable, "-m", "benchmarks", "--size", "smoke", "--device", request.param]
-    command += ["-p", "tests.wrong_contestant", "-q"]
+    command += ["-p", "tests.helpers.wrong_contestant", "-q"]
     command += ["--out", folder / "run", "--report", folder / "run.md", "-p", "no:cacheprovider"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300

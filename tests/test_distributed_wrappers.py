@@ -108,7 +108,7 @@ def test_accelerate_with_one_process_and_with_two(tmp_path):
     root = Path(__file__).parents[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true"}
     for processes, launcher in launchers.items():
-        command = [sys.executable, "-m", *launcher, "tests/accelerate_loop.py", str(tmp_path), str(processes)]
+        command = [sys.executable, "-m", *launcher, "tests/helpers/accelerate_loop.py", str(tmp_path), str(processes)]
         launched = subprocess.Popen(
             command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

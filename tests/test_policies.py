@@ -1,4 +1,4 @@
-"""Every policy and effect against a loop in Python's float64, whose masks come from tests/independent.py."""
+"""Every policy and effect against a loop in Python's float64, whose masks come from tests/helpers/independent.py."""
 
 import math
 import zlib
