@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .capture import capturing, check_not_capturing, to_device
+from .cuda_graph import capturing, check_not_capturing, to_device
 from .contract import Batch, Effect, Integer, Layout, Mask, layout_row
 
 _OLDEST = (3, 5)
