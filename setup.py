@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("kernels/cpu")
-COMMON = ["op", "step", "oracle", "level_default"]
+COMMON = ["op", "stretch", "oracle", "level_default"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2, "-Wno-uninitialized"]  # gcc 12's own headers
 LEVELS = {"level_avx2": AVX2, "level_avx512": AVX512}  # only these files may use instructions beyond the baseline
