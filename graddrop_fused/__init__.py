@@ -8,6 +8,8 @@ from .layers import param_groups
 from .mask_stream import keep_mask, pack_mask, philox4x32, unpack_mask
 from .optimizer import GradDropAdamW
 from .policies import GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, LinearAnneal, Policy, StaticMask
+from .policy_text import policy, policy_to_text
+from .skip import skip_dropped_layers
 
 __version__ = "0.1.0"
 
@@ -26,5 +28,8 @@ __all__ = [
     "pack_mask",
     "param_groups",
     "philox4x32",
+    "policy",
+    "policy_to_text",
+    "skip_dropped_layers",
     "unpack_mask",
 ]

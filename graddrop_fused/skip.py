@@ -5,7 +5,6 @@ from types import FrameType
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -30,9 +29,8 @@ def skip_dropped_layers(model: nn.Module, optimizer: Optimizer) -> "SkippedLayer
 
     The trajectory is not the same where something looks at all gradients before the step: the norm of
     clip_grad_norm_ (unless it stays below max_norm both ways) and GradScaler's search for infinities see kept
-    gradients only. DDP needs ``find_unused_parameters=True``. Under FSDP2 nothing is switched off: its gathered
-    parameters keep the ``requires_grad`` of their first forward pass. torch.compile recompiles for every new set of
-    dropped layers.
+    gradients only. DDP needs ``find_unused_parameters=True``. torch.compile recompiles for every new set of dropped
+    layers.
 
     Args:
         model: the model, or what wraps it, a LightningModule too.
@@ -77,8 +75,8 @@ class SkippedLayers:
         self._check_checkpointing()
         self._within = within
         self._optimizer = optimizer
-        self._switchable = _outside_fsdp(model)
-        if not any(p in self._params() for p in model.parameters()):
+        self._params = set(model.parameters())
+        if not any(p in self._params for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(
                 f"optimizer must hold parameters of the model, got one with none of {type(model).__name__}'s"
             )
@@ -137,17 +135,17 @@ class SkippedLayers:
 
     def _skippable(self) -> set[Tensor]:
         groups = self._optimizer.param_groups
-        dropped = self._switchable.intersection(self._optimizer.dropped_layers())
+        dropped = self._params.intersection(self._optimizer.dropped_layers())
         self._frozen = {p for g in groups if g["effect"] == "freeze" for p in g["params"]}
         needed = {p for g in groups if g["effect"] == "update" for p in g["params"]}
         off = {p for p in dropped - needed if p in self._frozen or self._participation.known(p)}
-        if not any(p.requires_grad for p in self._participation.params - off):
+        if not any(p.requires_grad for p in self._params - off):
             off -= _last_layer(groups, off)
         return off
 
     def _after_step(self) -> None:
         candidates = {p for g in self._optimizer.param_groups if g["drop"] and g["drop"].layerwise for p in g["params"]}
-        seen = self._switchable.intersection(candidates) - self._decided
+        seen = self._params.intersection(candidates) - self._decided
         self._participation.learn(seen, self._calls.ran)
         self._calls.ran.clear()
         self._calls.renew()
@@ -163,9 +161,6 @@ class SkippedLayers:
                 f"skip_dropped_layers for a {type(self._optimizer).__name__}, which has not stepped since. End the "
                 "skipping by its handle's remove() before another optimizer trains the model"
             )
-
-    def _params(self) -> set[Tensor]:
-        return {p for group in self._optimizer.param_groups for p in group["params"]}
 
     def _is_in_its_loop(self) -> bool:
         frame = sys._getframe() if self._within is not None else None
@@ -196,7 +191,6 @@ class _Participation:
         self._chains: dict[Tensor, list[tuple[nn.Module, ...]]] = {}  # modules around it, innermost first
         self._witnesses: dict[Tensor, tuple[nn.Module, ...]] = {}  # if one of them ran, there is a gradient; () never
         self._collect(model, ())
-        self.params = set(self._chains)
 
     def _collect(self, module: nn.Module, around: tuple[nn.Module, ...]) -> None:
         chain = (module, *around)
@@ -230,11 +224,6 @@ class _Participation:
                 self._witnesses[param] = tuple(m for m in innermost if m is not None)
             elif any(chain[0] in ran for chain in self._chains[param]):
                 self._witnesses[param] = ()
-
-
-def _outside_fsdp(model: nn.Module) -> set[Tensor]:
-    held = {p for module in model.modules() if isinstance(module, FSDPModule) for p in module.parameters()}
-    return {p for p in model.parameters() if p not in held}
 
 
 def _last_layer(groups: list[dict], params: set[Tensor]) -> set[Tensor]:
