@@ -153,7 +153,7 @@ class SkippedLayers:
 
     def _before_any_step(self, optimizer: Optimizer, *_) -> None:
         known = self._optimizer._switched_off
-        if optimizer is self._optimizer or not known or not self._decided:
+        if optimizer is self._optimizer or not self._decided or not self._is_in_its_loop():
             return
         if any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(
