@@ -49,8 +49,6 @@ class GradDropAdamW(Optimizer):
     Source: "Gradient Sparsification for Masked Fine-Tuning of Transformers"; docs/semantics.md.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf instead of unscaling
-
     def __init__(
         self,
         params: ParamsT,
@@ -98,6 +96,8 @@ class GradDropAdamW(Optimizer):
         validate.group_options(defaults)
         super().__init__(params, defaults)
         validate.groups(self.param_groups)
+        if fused is True:  # as torch: GradScaler then hands over grad_scale and found_inf instead of unscaling
+            self._step_supports_amp_scaling = True
         self._constructed = True
 
     @property

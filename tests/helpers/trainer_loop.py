@@ -14,7 +14,7 @@ from graddrop_fused.skip import unwrap
 from graddrop_fused.trainer import GradDropCallback, graddrop_optimizer
 
 LAYERS = LayerGradDrop(p=0.5)
-# policy, skip, resume, further training arguments; policy "plain": the class and keywords, with the Trainer's own groups
+# policy, skip, resume, further training arguments. "plain" is the class with keywords, over the Trainer's own groups.
 WAYS = {
     "every step": (GradDrop(p=0.3), False, False, {}),
     "text, every epoch": ("graddrop-epoch:p=0.6,toggle", False, False, {}),
