@@ -9,6 +9,7 @@ from .layers import param_groups
 from .lion import GradDropLion
 from .mask_stream import keep_mask, pack_mask, philox4x32, unpack_mask
 from .policies import GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, Policy, StaticMask
+from .policy_text import policy, policy_to_text
 from .schedules import LinearAnneal, Schedule
 from .sgd import GradDropSGD
 from .skip import skip_dropped_layers
@@ -33,6 +34,8 @@ __all__ = [
     "pack_mask",
     "param_groups",
     "philox4x32",
+    "policy",
+    "policy_to_text",
     "skip_dropped_layers",
     "unpack_mask",
 ]

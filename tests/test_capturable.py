@@ -8,13 +8,13 @@ from decimal import Decimal, localcontext
 import fake_gpu
 import pytest
 import torch
-from graddrop_fused.tables import runs
 from policy_cases import CASES, LAYERS, PER_EPOCH, SHAPES, build, gradients
 
 from graddrop_fused import GradDrop, GradDropAdamW, attach
 from graddrop_fused.contract import Real
 from graddrop_fused.rules import AdamW
 from graddrop_fused.skip import skip_dropped_layers
+from graddrop_fused.tables import runs
 
 
 def run(drop, effect, capturable, *, tell, scaler=False, absent=False):

@@ -8,8 +8,8 @@ import transformers as hf
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
+from graddrop_fused import GradDrop, GradFreeze, LayerGradDrop
 from graddrop_fused.layers import find_layers, param_groups
-from graddrop_fused.policies import GradDrop, GradFreeze, LayerGradDrop
 
 SIZES = {
     "hidden_size": 32,
