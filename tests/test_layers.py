@@ -334,7 +334,7 @@ def test_attention_of_unknown_names():
     ids=["leaf", "sequential", "list of leaves"],
 )
 def test_model_without_a_stack(model):
-    with pytest.raises(ValueError, match=r"model must have one stack .* has none.*stack='encoder.block'"):
+    with pytest.raises(ValueError, match=r"model must have a stack .* has none among its parts .*stack='encoder.block'"):
         param_groups(model)
 
 
