@@ -9,18 +9,10 @@ from torch import nn
 from .names import canonical_name
 from .policies import GradFreeze, Policy
 from .stacks import Part, Walk
+from .targets import ATTENTION, attention_projections
 
 # Modules of the base model that work on the last block's output, where its forward() does not say when they run.
 _OUTPUT_SIDE = re.compile(r"(?:pooler|norm|ln_f|layernorm|post_layernorm|final_\w+)\.")
-
-# The paper's theta: key, value and output projections. Where query, key and value are one matrix, that one.
-_ATTENTION = re.compile(
-    r"(?:^|\.)[^.]*att[^.]*\.(?:[^.]+\.)?"
-    r"(?:key|value|[kvo]|[kv]_lin|out_lin|(?:key|value|[kvo]|out)_proj|w?qkv(?:_proj)?|query_key_value"
-    r"|c_attn|c_proj|wo|in_proj|dense)[._](?:weight|bias)$",
-    re.IGNORECASE,
-)
-
 
 def find_layers(model: nn.Module, *, stack: str | None = None) -> dict[str, dict[str, nn.Parameter]]:
     """Which layer each parameter of a model belongs to.
@@ -83,7 +75,9 @@ def param_groups(
         weight_decay: for all parameters but biases and norms (those with fewer than two dimensions), which get 0.
         drop: the policy of the targeted parameters; all others get None.
         targets: "all"; "attention", the key, value and output projections of the blocks' attention (the paper's
-            theta); or a regular expression that is searched in parameter names.
+            theta = {K, V, U} by its words); "attention+query", these and the query projections (theta by its equation
+            1, where K and V map to queries and keys, and U to values); or a regular expression that is searched in
+            parameter names.
         exclude: a regular expression; parameters whose names it is found in are not targeted.
         include_head: whether LayerGradDrop and GradFreeze also drop the head. It is new and must learn, so by default
             they don't. Other policies always treat it like any layer.
@@ -103,7 +97,7 @@ def param_groups(
     if not in_layer:
         raise ValueError("model must have parameters that require a gradient; all of its parameters are frozen")
 
-    dropped = _targeted(in_layer, targets)
+    dropped = _targeted(model, in_layer, targets)
     if exclude is not None:
         dropped -= _matching("exclude", exclude, in_layer)
     if drop is not None and drop.layerwise and not include_head:
@@ -221,22 +215,23 @@ def _precedence(layer: str) -> tuple[bool, float]:
     return layer == "embeddings" or layer == "head", _position(layer)
 
 
-def _targeted(in_layer: dict[str, str], targets: str) -> set[str]:
+def _targeted(model: nn.Module, in_layer: dict[str, str], targets: str) -> set[str]:
     if targets == "all":
         return set(in_layer)
-    if targets != "attention":
+    if targets not in ATTENTION:
         return _matching("targets", targets, in_layer)
-    found = {name for name, layer in in_layer.items() if layer.startswith("layer.") and _ATTENTION.search(name)}
+    in_blocks = [name for name, layer in in_layer.items() if layer.startswith("layer.")]
+    found = attention_projections(model, in_blocks, targets)
     if not found:
         raise ValueError(
-            "targets='attention' must find key, value and output projections, and knows none of this model's names "
-            f"({_some(in_layer)}); give a regular expression"
+            f"targets={targets!r} must find attention projections that require a gradient, and knows none of this "
+            f"model's names ({_some(in_blocks or in_layer)}); give a regular expression"
         )
     return found
 
 
 def _matching(argument: str, pattern: str, names) -> set[str]:
-    choices = "'all', 'attention' or a regular expression" if argument == "targets" else "a regular expression or None"
+    choices = "'all', 'attention', 'attention+query' or a regular expression" if argument == "targets" else "a regular expression or None"
     if not isinstance(pattern, str):
         raise TypeError(f"{argument} must be {choices}, got {pattern!r}")
     try:

@@ -290,7 +290,7 @@ def test_frozen_parameters_are_left_out():
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"targets": "query_projection"}, ValueError, "targets must be 'all', 'attention' or a regular expression"),
+        ({"targets": "query_projection"}, ValueError, "targets must be 'all', 'attention', 'attention\\+query' or a regular"),
         ({"targets": "("}, ValueError, r"targets must be .* got '\('"),
         ({"targets": None}, TypeError, "targets must be .* got None"),
         ({"exclude": "no_such"}, ValueError, "exclude must be a regular expression or None .* 'no_such' matches none"),
