@@ -14,6 +14,10 @@ from .targets import ATTENTION, attention_projections
 # Modules of the base model that work on the last block's output, where its forward() does not say when they run.
 _OUTPUT_SIDE = re.compile(r"(?:pooler|norm|ln_f|layernorm|post_layernorm|final_\w+)\.")
 
+# PEFT's name of what prompt, prefix and P-tuning train: virtual tokens before the first block.
+_PROMPTS = "prompt_encoder"
+
+
 def find_layers(model: nn.Module, *, stack: str | None = None) -> dict[str, dict[str, nn.Parameter]]:
     """Which layer each parameter of a model belongs to.
 
@@ -108,7 +112,14 @@ def param_groups(
             f"drop, and leaves none of {_some(in_layer)}"
         )
 
-    groups = {}
+    if drop is not None and drop.layerwise and {in_layer[name] for name in dropped} == {"embeddings"}:
+        raise ValueError(
+            f"drop={drop!r} chooses among layers, and all that it could drop is in the embeddings: "
+            f"{_some(sorted(dropped))}. Prompt and prefix tuning train one table before the first block; give a policy "
+            "that decides per element, such as GradDrop(0.1), or train blocks too"
+        )
+
+    groups: dict[tuple, dict] = {}
     for name, layer in in_layer.items():
         param = layers[layer][name]
         decay = weight_decay if param.dim() >= 2 else 0.0
@@ -144,6 +155,8 @@ def _layers_by_prefix(model: nn.Module, stack: str | None) -> dict[str, str]:
         within = base is not None and f"{part.names[0]}.".startswith(inside)
         if part.is_block:
             layer = number[i]
+        elif part.names[0].endswith(_PROMPTS):
+            layer = "embeddings"
         elif i < blocks[-1] and part.known and (i < blocks[0] or _is_embedding(part)):
             layer = "embeddings"
         elif i > blocks[-1] and part.known:
@@ -231,7 +244,11 @@ def _targeted(model: nn.Module, in_layer: dict[str, str], targets: str) -> set[s
 
 
 def _matching(argument: str, pattern: str, names) -> set[str]:
-    choices = "'all', 'attention', 'attention+query' or a regular expression" if argument == "targets" else "a regular expression or None"
+    choices = (
+        "'all', 'attention', 'attention+query' or a regular expression"
+        if argument == "targets"
+        else "a regular expression or None"
+    )
     if not isinstance(pattern, str):
         raise TypeError(f"{argument} must be {choices}, got {pattern!r}")
     try:

@@ -290,7 +290,11 @@ def test_frozen_parameters_are_left_out():
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"targets": "query_projection"}, ValueError, "targets must be 'all', 'attention', 'attention\\+query' or a regular"),
+        (
+            {"targets": "query_projection"},
+            ValueError,
+            "targets must be 'all', 'attention', 'attention\\+query' or a regular",
+        ),
         ({"targets": "("}, ValueError, r"targets must be .* got '\('"),
         ({"targets": None}, TypeError, "targets must be .* got None"),
         ({"exclude": "no_such"}, ValueError, "exclude must be a regular expression or None .* 'no_such' matches none"),
@@ -334,7 +338,9 @@ def test_attention_of_unknown_names():
     ids=["leaf", "sequential", "list of leaves"],
 )
 def test_model_without_a_stack(model):
-    with pytest.raises(ValueError, match=r"model must have a stack .* has none among its parts .*stack='encoder.block'"):
+    with pytest.raises(
+        ValueError, match=r"model must have a stack .* has none among its parts .*stack='encoder.block'"
+    ):
         param_groups(model)
 
 
