@@ -15,7 +15,7 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -32,8 +32,8 @@ TASKS = (
     "ForSequenceClassification|ForTokenClassification|ForQuestionAnswering|ForImageClassification"
     "|ForAudioClassification|ForCausalLM|LMHeadModel|ForConditionalGeneration|ForCTC"
 )
-# The first of these that a class builds with: fewer blocks to trace, where its config's name for them is the common one;
-# and what some configs leave out that their models need.
+# The first of these that a class builds with: fewer blocks to trace, where its config calls them by the common name; and
+# what some configs leave out that their models need.
 FEWER = {"num_hidden_layers": 12}
 OPTIONS = (FEWER, {}, {"vocab_size": 64}, {"head_dim": 64}, {"num_key_value_heads": 8}, {"num_key_value_heads": 16})
 COLUMNS = ("class", "blocks", "stacks", "embeddings", "between", "head", "attention", "query", "trace")
@@ -88,9 +88,14 @@ def row(cls: type) -> dict[str, str]:
 
 
 def _where(layers: dict[str, dict]) -> Callable[[str], str]:
-    """Says in which layer a module is; "tied" if all its parameters are elsewhere."""
+    """Says in which layer a module, or most of it, is; "tied" if all its parameters are elsewhere."""
     layer_of = {name: layer for layer, params in layers.items() for name in params}
-    return lambda module: next((at for n, at in layer_of.items() if n == module or n.startswith(f"{module}.")), "tied")
+
+    def found(module: str) -> str:
+        counts = collections.Counter(at for n, at in layer_of.items() if f"{n}.".startswith(f"{module}."))
+        return max(counts, key=counts.__getitem__, default="tied")
+
+    return found
 
 
 def _projections(names) -> str:
@@ -112,7 +117,7 @@ class _Pretend(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__index__):
             return 0
-        if func in (torch.Tensor.__bool__, torch.equal, torch.allclose):
+        if func in (torch.Tensor.__bool__, torch.Tensor.__contains__, torch.equal, torch.allclose):
             return True
         if func is torch.Tensor.tolist:
             return torch.zeros(args[0].shape, dtype=args[0].dtype, device="cpu").tolist()
@@ -185,7 +190,8 @@ def _note(times: dict[str, int], name: str, *_) -> None:
 def compare(model: nn.Module, layers: dict[str, dict]) -> str:
     """Whether the forward pass runs the layers in their order, as far as it gets."""
     times, problem = trace(model)
-    called = {layer: _first_calls(params, times) for layer, params in layers.items()}
+    tied = _tied(model)
+    called = {layer: _first_calls(params.keys() - tied, times) for layer, params in layers.items()}
     starts = {layer: min(t.values()) for layer, t in called.items() if t and layer.startswith("layer.")}
     order = list(starts.values())
     wrong = [layer for layer, before, now in zip([*starts][1:], order, order[1:], strict=False) if now < before]
@@ -205,10 +211,19 @@ def _is_table(model: nn.Module, name: str) -> bool:
     return isinstance(model.get_submodule(name), nn.Embedding)
 
 
-def _first_calls(params: dict, times: dict[str, int]) -> dict[str, int]:
-    """When the modules that own these parameters were called."""
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in params)
-    return {owner: times[owner] for owner in owners if owner in times}
+def _tied(model: nn.Module) -> set[str]:
+    """Parameters of several names: modules of several layers may own them."""
+    names = collections.defaultdict(set)
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names[param].add(name)
+    return set().union(*(same for same in names.values() if len(same) > 1))
+
+
+def _first_calls(params: Iterable[str], times: dict[str, int]) -> dict[str, int]:
+    """When the modules that own these parameters were called, but for those with layers inside."""
+    owners = {name.rpartition(".")[0] for name in params}
+    inner = {name.rpartition(".")[0] for name in times}  # of modules that were called
+    return {owner: times[owner] for owner in owners - inner if owner in times}
 
 
 def _brief(error: Exception) -> str:

@@ -113,6 +113,12 @@ class _Reader(ast.NodeVisitor):
             self.use(name)
         self.generic_visit(node)
 
+    def visit_Expr(self, node: ast.Expr) -> None:
+        # a method whose result is dropped, such as RWKV's _rescale_layers(), touches modules but passes nothing on
+        chain = _chain(node.value.func) if isinstance(node.value, ast.Call) else []
+        if len(chain) != 2 or chain[0] != self._self or chain[1] in self.members:
+            self.generic_visit(node)
+
     def visit_Compare(self, node: ast.Compare) -> None:
         # `if self.pooler is not None` asks for a module, and does not use it
         if not any(isinstance(other, ast.Constant) and other.value is None for other in node.comparators):

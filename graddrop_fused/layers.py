@@ -152,22 +152,19 @@ def _layers_by_prefix(model: nn.Module, stack: str | None) -> dict[str, str]:
     number = {i: f"layer.{n}" for n, i in enumerate(blocks)}
     layers = {}
     for i, part in enumerate(parts):
-        within = base is not None and f"{part.names[0]}.".startswith(inside)
         if part.is_block:
             layer = number[i]
         elif part.names[0].endswith(_PROMPTS):
             layer = "embeddings"
-        elif i < blocks[-1] and part.known and (i < blocks[0] or _is_embedding(part)):
+        elif not part.known:
+            layer = _layer_by_name(part, inside, base is not None)
+        elif i < blocks[0]:
             layer = "embeddings"
-        elif i > blocks[-1] and part.known:
+        elif i > blocks[-1]:
             layer = "head"
-        elif part.known:
-            before, after = _neighbours(blocks, i)
-            layer = number[after if _common(parts[after], part) > _common(parts[before], part) else before]
-        elif within and not _OUTPUT_SIDE.match(f"{part.names[0]}.".removeprefix(inside)):
-            layer = "embeddings"
         else:
-            layer = "embeddings" if base is None and _is_embedding(part) else "head"
+            nearest, stage = _nearest(parts, blocks, i)
+            layer = "embeddings" if _is_embedding(part) and not stage else number[nearest]
         layers.update(dict.fromkeys(part.names, layer))
     return layers
 
@@ -199,16 +196,26 @@ def _is_embedding(part: Part) -> bool:
     return isinstance(part.holder, nn.Embedding) or "emb" in part.names[0].rpartition(".")[2].lower()
 
 
-def _neighbours(blocks: list[int], i: int) -> tuple[int, int]:
-    """The positions of the last block before ``i`` and of the first behind it."""
+def _layer_by_name(part: Part, inside: str, has_base: bool) -> str:
+    """The layer of what forward() does not mention: by whether it is in the base model, and what it is called."""
+    name = f"{part.names[0]}."
+    if has_base and name.startswith(inside):
+        return "head" if _OUTPUT_SIDE.match(name.removeprefix(inside)) else "embeddings"
+    return "embeddings" if _is_embedding(part) and not has_base else "head"
+
+
+def _nearest(parts: list[Part], blocks: list[int], i: int) -> tuple[int, bool]:
+    """The position of the block that part ``i`` belongs to, and whether they share a stage."""
     after = bisect.bisect(blocks, i)
-    return blocks[after - 1], blocks[after]
+    before, behind = _common(parts[blocks[after - 1]], parts[i]), _common(parts[blocks[after]], parts[i])
+    common = max(before, behind, key=len)
+    return blocks[after if len(behind) > len(before) else after - 1], any(map(str.isdigit, common))
 
 
-def _common(block: Part, part: Part) -> int:
-    """How many components of their places agree from the beginning."""
+def _common(block: Part, part: Part) -> list[str]:
+    """The components of their places that agree from the beginning."""
     pairs = zip(block.place.split("."), part.place.split("."), strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def _named_parameters(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:

@@ -15,7 +15,7 @@ _LISTS = (nn.ModuleList, nn.Sequential)
 
 # Lists of what is no block: tables, patch mergers, codebooks, biases; by the list's name and its elements' class.
 _NO_STACK = re.compile(r"emb|merge|quantiz|bias", re.IGNORECASE)
-_NO_BLOCK = re.compile(r"(?:Embeddings?|Embed|Merger|Quantization|Quantizer|Bias(?:\dD|\w+al)?|MLP|Norm)$")
+_NO_BLOCK = re.compile(r"(?:Embeddings?|Embed|Merger|Quantization|Quantizer|Bias(?:\dD|\w+al)?|MLP)$")
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,20 @@ class Walk:
     def _order(
         self, module: nn.Module, name: str, members: dict[str, Holder], with_blocks: list[str]
     ) -> tuple[list[str], list[list[str]]]:
-        """Members in the order in which the forward pass uses them, and those that its loops go through."""
+        """Members in the order in which the forward pass uses them, and those that its loops go through.
+
+        Of what it does not mention, encoders go first and decoders last.
+        """
         used = uses(module)
         order = [child for child in used.order if child in members]
-        if all(child in order for child in with_blocks):
-            for loop in used.loops:
-                order = _helpers_first(order, loop, [n for n in loop if n in with_blocks])
-            return order, used.loops
-        if len(with_blocks) > 1 and not all(re.search("encoder|decoder", child) for child in with_blocks):
+        missing = [child for child in with_blocks if child not in order]
+        if missing and len(with_blocks) > 1 and not all(re.search("encoder|decoder", n) for n in with_blocks):
             self.unordered += [canonical_name(_join(name, child)) for child in with_blocks]
-        return sorted(with_blocks, key=lambda child: "decoder" in child), []
+        decoders = [child for child in missing if "decoder" in child]
+        order = [*(child for child in missing if child not in decoders), *order, *decoders]
+        for loop in used.loops:
+            order = _helpers_first(order, loop, [n for n in loop if n in with_blocks])
+        return order, used.loops
 
     def _zipped(self, members: dict[str, Holder], loop: Sequence[str], name: str) -> list[str]:
         """Lists of one length that a loop goes through together: the attentions, ffns and norms of XLM."""
