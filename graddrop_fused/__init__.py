@@ -5,6 +5,7 @@ Where the mask is decided: mask_stream.py. Where the update is computed: rules.p
 
 from .adamw import GradDropAdamW
 from .attach import MaskHandle, attach
+from .describe import describe
 from .layers import param_groups
 from .lion import GradDropLion
 from .mask_stream import keep_mask, pack_mask, philox4x32, unpack_mask
@@ -30,6 +31,7 @@ __all__ = [
     "Schedule",
     "StaticMask",
     "attach",
+    "describe",
     "keep_mask",
     "pack_mask",
     "param_groups",
