@@ -11,7 +11,7 @@ from crosslingual_files import write, write_model
 from scipy.stats import t, ttest_rel
 
 import graddrop_fused
-from benchmarks.crosslingual import __main__ as study
+from benchmarks.crosslingual import __main__ as command
 from benchmarks.crosslingual import demo, figures, methods, models, paper, recipes, results, tables, training, xglue
 from benchmarks.crosslingual.heads import HEADS
 from benchmarks.crosslingual.task import Task, Text
@@ -368,15 +368,15 @@ def test_the_best_epoch_is_chosen_by_the_average_over_languages(
 # The commands
 
 
-def _study(xglue_folder, model_folder, out, *more):
+def _compare(xglue_folder, model_folder, out, *more):
     flags = ["--tasks", "qam,wpr", "--methods", "fine-tuning,graddrop,layer-graddrop", "--seeds", "0,1",
              "--xglue", str(xglue_folder), "--model", str(model_folder), "--epochs", "2", "--max-length", "32",
              "--out", str(out), *more]  # fmt: skip
-    return study.main(flags)
+    return command.main(flags)
 
 
-def test_study_writes_tables_and_figures_and_goes_on(xglue_folder, model_folder, tmp_path, monkeypatch, capsys):
-    assert _study(xglue_folder, model_folder, tmp_path) == 0
+def test_it_writes_tables_and_figures_and_goes_on(xglue_folder, model_folder, tmp_path, monkeypatch, capsys):
+    assert _compare(xglue_folder, model_folder, tmp_path) == 0
     for name in ("masks", "curves", "gains"):
         assert (tmp_path / f"qam-{name}.png").read_bytes().startswith(b"\x89PNG")
     report = (tmp_path / "report.md").read_text()
@@ -407,25 +407,25 @@ def test_study_writes_tables_and_figures_and_goes_on(xglue_folder, model_folder,
     monkeypatch.setattr(training, "run", lambda *a, **k: ran.append(a[1:3]) or run(*a, **k))
     lines = (tmp_path / "qam.jsonl").read_text().splitlines()
     (tmp_path / "qam.jsonl").write_text("\n".join([*lines[:5], lines[5][:40]]))  # the last line was cut short
-    assert _study(xglue_folder, model_folder, tmp_path) == 0
+    assert _compare(xglue_folder, model_folder, tmp_path) == 0
     assert ran == [("layer-graddrop", 1)]
     assert len(results.read(tmp_path / "qam.jsonl")) == 6
 
-    assert _study(xglue_folder, model_folder, tmp_path, "--lr", "0.5") == 2
+    assert _compare(xglue_folder, model_folder, tmp_path, "--lr", "0.5") == 2
     assert "cannot be compared with these (there, now): {'lr': (5e-06, 0.5)}" in capsys.readouterr().err
     (tmp_path / "qam.jsonl").write_text("{}\n" + "\n".join(lines) + "\n")
-    assert _study(xglue_folder, model_folder, tmp_path) == 2
+    assert _compare(xglue_folder, model_folder, tmp_path) == 2
     assert "qam.jsonl:1: not a result" in capsys.readouterr().err
 
 
 def test_report_keeps_what_its_readers_wrote(xglue_folder, model_folder, tmp_path):
     report = tmp_path / "docs" / "study.md"
     flags = ["--methods", "fine-tuning", "--report", str(report)]
-    assert _study(xglue_folder, model_folder, tmp_path / "results", *flags) == 0
+    assert _compare(xglue_folder, model_folder, tmp_path / "results", *flags) == 0
     written = report.read_text()
     assert "](../results/qam-masks.png)" in written and written.startswith("# Zero-shot")
     report.write_text(written.replace("# Zero-shot cross-lingual results", "# Ours\n\nA reading.", 1) + "\nstale\n")
-    assert _study(xglue_folder, model_folder, tmp_path / "results", *flags, "--report-only") == 0
+    assert _compare(xglue_folder, model_folder, tmp_path / "results", *flags, "--report-only") == 0
     again = report.read_text()
     assert again.startswith("# Ours\n\nA reading.\n\n<!-- results") and "stale" not in again
     assert again.partition("## qam")[2] == written.partition("## qam")[2]
@@ -438,8 +438,8 @@ def test_report_keeps_what_its_readers_wrote(xglue_folder, model_folder, tmp_pat
     (["--tasks", "nc"], "needs the folder of XGLUE's data"),
     (["--report-only"], "no results"),
 ])  # fmt: skip
-def test_study_names_what_is_wrong(flags, message, tmp_path, capsys):
-    assert study.main([*flags, "--out", str(tmp_path)]) == 2
+def test_it_names_what_is_wrong(flags, message, tmp_path, capsys):
+    assert command.main([*flags, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -10,13 +10,12 @@ The study of docs/study.md has a command of its own: python -m benchmarks.crossl
 """
 
 import argparse
-import os
 import shutil
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from . import figures, methods, models, paper, progress, recipes, results, tables, tasks, training
+from . import figures, methods, models, paper, progress, recipes, reports, results, tables, tasks, training
 from .methods import METHODS
 
 # In a report: the line below which everything is written anew
@@ -136,20 +135,13 @@ def _settings_of(arguments: argparse.Namespace):
 
 
 def write_report(folder: Path, report: Path, command: str) -> None:
-    """The report, tables as CSV, and the figures, from every results file in ``folder``.
-
-    What stands above the line ``RESULTS`` in a report that is there already is kept: it is its readers' own text.
-    """
+    """The report, tables as CSV, and the figures, from every results file in ``folder``."""
     by_task = {path.stem: list(results.read(path).values()) for path in sorted(folder.glob("*.jsonl"))}
     by_task = {name: runs for name, runs in by_task.items() if runs}
     if not by_task:
         raise ValueError(f"{folder}: no results")
     machines = sorted({run["machine"] for runs in by_task.values() for run in runs})
-    text = report.read_text("utf-8") if report.exists() else ""
-    own = text.partition(RESULTS)[0].rstrip() if RESULTS in text else "# Zero-shot cross-lingual results"
     parts = [
-        own,
-        RESULTS,
         f"`python -m benchmarks.crosslingual {command}`",
         f"Trained on English; {'; '.join(machines)}. Scores are test scores in per cent. A gain is over plain "
         "fine-tuning with the same seeds, with the 95 % confidence interval of its mean over seeds and p of a "
@@ -162,7 +154,7 @@ def write_report(folder: Path, report: Path, command: str) -> None:
 
     def figure(drawn: bool, path: Path, what: str) -> None:
         if drawn:
-            parts.append(f"![{what}]({Path(os.path.relpath(path, report.parent)).as_posix()})")
+            parts.append(reports.link(path, report, what))
 
     tables.write_csv(tables.scores(run for runs in by_task.values() for run in runs), folder / "scores.csv")
     if any(name in tasks.xglue.TASKS for name in by_task):
@@ -182,8 +174,7 @@ def write_report(folder: Path, report: Path, command: str) -> None:
         figure(figures.masks(first_seed, masks), masks, "masks over epochs")
         figure(figures.curves(runs, curves), curves, "test score over epochs")
         figure(figures.gains(runs, gains, tables.BASELINE), gains, "gain by language")
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    reports.write_below(report, RESULTS, parts, "# Zero-shot cross-lingual results")
 
 
 def _described(runs: list[dict]) -> str:

@@ -32,7 +32,7 @@ def languages(results: list[dict], path: Path) -> None:
         fontsize="small",
     )
     axes.legend(ncols=min(4, len(results)), fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08))
-    _save(figure, path)
+    save(figure, path)
 
 
 def masks(results: list[dict], path: Path) -> bool:
@@ -75,7 +75,7 @@ def masks(results: list[dict], path: Path) -> bool:
         "the share is of all elements of the model",
         fontsize="small",
     )
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
@@ -118,7 +118,7 @@ def curves(results: list[dict], path: Path) -> bool:
         fontsize="small",
     )
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
@@ -162,7 +162,7 @@ def gains(results: list[dict], path: Path, baseline: str) -> bool:
         "included; long bars leave the axes",
         fontsize="small",
     )
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
@@ -173,7 +173,7 @@ def _by_method(results: list[dict]) -> dict[str, list[dict]]:
     return methods
 
 
-def _save(figure, path: Path) -> None:
+def save(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

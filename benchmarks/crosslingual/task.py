@@ -62,7 +62,7 @@ class Task:
     @property
     def languages(self) -> list[str]:
         """English first, then by name."""
-        return sorted(self.test, key=lambda language: (language != LANGUAGE, language))
+        return sorted(self.test or self.dev, key=lambda language: (language != LANGUAGE, language))
 
     def texts(self) -> list[str]:
         """Every string of the task."""

@@ -128,8 +128,8 @@ def run(
 
 
 def average(by_language: dict[str, float]) -> float:
-    """A task's score: the unweighted mean over its languages, English included."""
-    return float(np.mean(list(by_language.values())))
+    """A task's score: the unweighted mean over its languages, English included. nan without any."""
+    return float(np.mean(list(by_language.values()))) if by_language else float("nan")
 
 
 def machine(device: torch.device) -> str:
