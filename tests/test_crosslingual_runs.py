@@ -226,6 +226,20 @@ def test_flags_reach_the_optimizer(model):
     assert [g["effect"] for g in _optimizer("skip-update", model).param_groups][0] == "update"
 
 
+@pytest.mark.parametrize(("targets", "names"), [
+    ("attention", {"self.key", "self.value", "output.dense"}),
+    ("equation-1", {"self.query", "self.key", "self.value", "output.dense"}),
+])  # fmt: skip
+def test_both_readings_of_theta(targets, names, model):
+    optimizer = _optimizer("graddrop", model, targets=targets)
+    dropped = {p for group in optimizer.param_groups if group["drop"] is not None for p in group["params"]}
+    found = {name for name, p in model.named_parameters() if p in dropped}
+    kinds = ("weight", "bias")
+    assert found == {
+        f"bert.encoder.layer.{i}.attention.{name}.{kind}" for i in (0, 1) for name in names for kind in kinds
+    }
+
+
 @pytest.mark.parametrize("name", ["layer-graddrop", "gradfreeze-top-down"])
 def test_skipping_dropped_layers_changes_nothing(name, xglue_folder, settings, monkeypatch):
     task = xglue.load("nc", xglue_folder)

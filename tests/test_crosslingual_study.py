@@ -1,6 +1,7 @@
 """The study of docs/study.md: its plan, its statistics against simulation, and the whole of it in very small."""
 
 import csv
+import gc
 from collections import Counter
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -231,6 +232,12 @@ def test_outcomes_by_hand():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
+    gc.freeze()  # the Trainer collects garbage in every run, which takes longer than a tiny run
+    yield _tiny(tmp_path_factory)
+    gc.unfreeze()
+
+
+def _tiny(tmp_path_factory):
     model = write_model(tmp_path_factory.mktemp("model"))
     names = (plan.BASELINE, plan.CONTROL, plan.CONTROLLED, "gradfreeze-top-down")
     return replace(

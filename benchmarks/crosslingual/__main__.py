@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=Path("results/crosslingual"), help="folder (default: %(default)s)")
     p.add_argument("--report", type=Path, metavar="FILE", help="Markdown file (default: OUT/report.md)")
     p.add_argument("--report-only", action="store_true", help="only write tables and figures of what is there")
+    p.add_argument("--paper", action="store_true", help="only print the paper's own tables, and what to know of them")
     p.add_argument(
         "--recipe", choices=recipes.RECIPES, help="xglue: XGLUE's own (default for its tasks); short: of embedded tasks"
     )
@@ -67,6 +68,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    if arguments.paper:
+        print("\n\n".join([paper.notes(), *map(tables.markdown, tables.paper_tables({}).values())]))
+        return 0
     try:
         names = _names("task", arguments.tasks, tasks.TASKS, {"all-xglue": tuple(tasks.xglue.TASKS)})
         wanted = _names("method", arguments.methods, METHODS, {"all": tuple(METHODS)})

@@ -22,6 +22,10 @@ from graddrop_fused import (
 P = 0.2  # drop probability per step or layer, where a method has a constant one
 CHILD = 0.3  # share of elements in the child network of Child-Tuning
 HEAD = "head"
+# Readings of the paper's theta beside those of param_groups ("attention": key, value and output projections). Its
+# equation 1 names the weights {K, V, U} of softmax((QK)(QV)^T / sqrt(dl)) QU, where Q is the input: that makes them the
+# query, the key, and the value and output projections. Names are those of BERT, RoBERTa and XLM-R.
+TARGETS = {"equation-1": r"attention\.(self\.(query|key|value)|output\.dense)\."}
 OPTIMIZERS = {"adamw": ("AdamW", "GradDropAdamW"), "sgd": ("SGD", "GradDropSGD")}  # torch's name, ours
 
 
@@ -73,7 +77,7 @@ class Method:
 
         Args:
             p, effect: in place of the method's own.
-            targets: which parameters the policy drops, as for graddrop_fused.param_groups.
+            targets: which parameters the policy drops, as for graddrop_fused.param_groups, or a key of TARGETS.
             mask_head: whether the policy drops the new head, too. By default no method does.
             kind: a key of OPTIMIZERS.
             fisher: each parameter's mean squared gradient, for ``fisher`` methods.
@@ -88,7 +92,9 @@ class Method:
             drop = StaticMask(largest({name: fisher[name] for name in in_blocks}, CHILD))
         else:
             drop = self.drop(schedule, p)
-        groups = param_groups(model, weight_decay=weight_decay, drop=drop, targets=targets, include_head=True)
+        groups = param_groups(
+            model, weight_decay=weight_decay, drop=drop, targets=TARGETS.get(targets, targets), include_head=True
+        )
         if not mask_head:
             groups = [{**g, "drop": None} if g["layer"] == HEAD else g for g in groups]
         if effect or self.effect:

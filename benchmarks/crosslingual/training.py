@@ -201,6 +201,7 @@ def _arguments(settings: Settings, record: Record, seed: int, folder: Path, save
         warmup_steps=settings.warmup,
         lr_scheduler_type=settings.decay,
         bf16=settings.autocast,
+        use_cpu=settings.autocast and not torch.cuda.is_available(),  # without a GPU bf16 asks for it
         train_sampling_strategy="group_by_length",  # short text padded to long text is most of the time
         seed=seed,
         logging_strategy="no",
