@@ -9,7 +9,7 @@ from .mask_stream import keep_mask, pack_mask, philox4x32, unpack_mask
 from .optimizer import GradDropAdamW
 from .policies import GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, LinearAnneal, Policy, StaticMask
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GradDrop",

@@ -8,11 +8,11 @@ import os
 from array import array
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import build_op
 from .contract import CONTRACT_VERSION, Batch, Integer, Layout, Real, layout_row
 
 LEVELS = ("default", "avx2", "avx512")
@@ -137,23 +137,20 @@ def _op(level: int | None):
 @cache
 def _load() -> tuple[int, str | None]:
     """Load the op: (level to run, why it is unavailable or None)."""
-    paths = [p for p in sorted(Path(__file__).parent.glob("_cpu.*")) if p.suffix in (".so", ".pyd", ".dylib")]
-    if not paths:
-        return 0, (
-            "the native CPU op was not built (a C++ compiler and torch must be visible when the package is built); "
-            "to get it: pip install --no-build-isolation -e ."
-        )
+    path = build_op.find()
+    if path is None:
+        return 0, "the native CPU op was not built; to get it (a C++ compiler, seconds): python -m graddrop_fused build"
     try:
-        torch.ops.load_library(paths[0])
+        torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
-        return 0, f"the native CPU op {paths[0].name} does not load: {str(error).splitlines()[0]}"
+        return 0, f"the native CPU op {path.name} does not load: {str(error).splitlines()[0]}"
     ops = torch.ops.graddrop_fused_cpu
     built = ops.contract_version(), ops.layout_columns(), ops.integer_columns(), ops.real_columns()
     wanted = CONTRACT_VERSION, Layout.columns(), len(Integer), len(Real)
     if built != wanted:
         return 0, (
-            f"the native CPU op {paths[0].name} was built for another version of this package (contract {built}, "
-            f"not {wanted}); build it again: pip install --no-build-isolation -e ."
+            f"the native CPU op {path.name} was built for another version of this package (contract {built}, "
+            f"not {wanted}); build it again: python -m graddrop_fused build"
         )
     return _choose_level(os.environ.get(_CAPABILITY), ops.best_level())
 
