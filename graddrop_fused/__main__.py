@@ -7,13 +7,14 @@ compiler, and goes into the user's cache ($GRADDROP_CACHE, else ~/.cache/graddro
 import argparse
 import platform
 import struct
+import subprocess
 import sys
 import time
 import zlib
 
 import torch
 
-from . import GradDrop, GradDropAdamW, __version__, build_op, dispatch, mask_stream
+from . import GradDrop, GradDropAdamW, __version__, build_op, cpu, dispatch, mask_stream
 from .contract import Batch, Effect, Mask, Real, Shard
 
 # Random123's known answers for philox4x32-10: counter, key, output
@@ -33,14 +34,17 @@ _SHAPE = (17, 23)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Builds the op if asked to, and prints the report. Returns the process's exit status: 1 if the op does not build
-    or a backend that can run here computes wrongly."""
+    """Builds the op if asked to and there is none, and prints the report.
+
+    Returns the process's exit status: 1 if the op does not build or a backend that can run here computes wrongly.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m graddrop_fused", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=["build"], help="build the native CPU op first")
-    if parser.parse_args(arguments).command == "build" and not _build():
-        return 1
+    parser.add_argument("command", nargs="?", choices=["build"], help="build the native CPU op if there is none")
+    if parser.parse_args(arguments).command == "build" and cpu.unavailable(torch.device("cpu")) is not None:
+        # an op that does not fit may be loaded by now, so that a new process reports
+        return subprocess.run([sys.executable, "-m", "graddrop_fused"]).returncode if _build() else 1
     return report()
 
 
@@ -52,7 +56,7 @@ def _build() -> bool:
     except (RuntimeError, OSError) as error:
         print(f"the native CPU op does not build: {error}")
         return False
-    print(f"built in {time.perf_counter() - started:.1f} s: {path}")
+    print(f"built in {time.perf_counter() - started:.1f} s: {path}", flush=True)
     return True
 
 

@@ -137,9 +137,9 @@ def cached() -> Path:
     return root / f"{sys.platform}-{platform.machine()}-{text.hexdigest()[:16]}" / NAME
 
 
-def find() -> Path | None:
-    """The built op: beside the package, else in the cache, else None."""
-    beside = sorted(path for path in Path(__file__).parent.glob("_cpu.*") if path.suffix in (".so", ".pyd", ".dylib"))
+def find(package: Path) -> Path | None:
+    """The built op: in the package's folder, else in the cache, else None."""
+    beside = sorted(path for path in package.glob("_cpu.*") if path.suffix in (".so", ".pyd", ".dylib"))
     if beside:
         return beside[0]
     path = cached()
@@ -147,8 +147,8 @@ def find() -> Path | None:
 
 
 def build() -> Path:
-    """Builds the op for this environment: in place of one that stands beside the package, else in the cache."""
-    target = find() or cached()
+    """Builds the op for this environment: in place of one that is there already, else in the cache."""
+    target = find(Path(__file__).parent) or cached()
     compile_op(sources(), target)
     return target
 

@@ -8,6 +8,7 @@ import os
 from array import array
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -137,9 +138,12 @@ def _op(level: int | None):
 @cache
 def _load() -> tuple[int, str | None]:
     """Load the op: (level to run, why it is unavailable or None)."""
-    path = build_op.find()
+    path = build_op.find(Path(__file__).parent)
     if path is None:
-        return 0, "the native CPU op was not built; to get it (a C++ compiler, seconds): python -m graddrop_fused build"
+        return (
+            0,
+            "the native CPU op was not built; to get it (half a minute, with a C++ compiler): python -m graddrop_fused build",
+        )
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:

@@ -248,8 +248,9 @@ def assert_reference_serves(*parts: str) -> None:
 
 def test_not_built(reload, tmp_path):
     reload.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+    reload.setenv("GRADDROP_CACHE", str(tmp_path))
     reload.again()
-    assert_reference_serves("was not built", "pip install --no-build-isolation -e .")
+    assert_reference_serves("was not built", "python -m graddrop_fused build")
 
 
 def test_broken(reload, tmp_path):
