@@ -140,9 +140,9 @@ def _load() -> tuple[int, str | None]:
     """Load the op: (level to run, why it is unavailable or None)."""
     path = build_op.find(Path(__file__).parent)
     if path is None:
-        return (
-            0,
-            "the native CPU op was not built; to get it (half a minute, with a C++ compiler): python -m graddrop_fused build",
+        return 0, (
+            "the native CPU op was not built; with a C++ compiler that takes half a minute: "
+            "python -m graddrop_fused build"
         )
     try:
         torch.ops.load_library(path)

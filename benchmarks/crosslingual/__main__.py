@@ -15,7 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
+from benchmarks import progress
 
 from . import figures, models, results, tables, tasks, training
 from .methods import METHODS
@@ -114,7 +114,7 @@ def _run_task(name: str, methods: list[str], seeds: list[int], arguments: argpar
     task = tasks.load(name, arguments.xglue).limited(*(b if a is None else a for a, b in zip(given, size, strict=True)))
     results.check_comparable(done.values(), task, settings, path)
     runs = [(method, seed) for seed in seeds for method in methods]  # seed by seed: paired from the beginning
-    for method, seed in tqdm(runs, desc=name, unit="run"):
+    for method, seed in progress.each(runs, name, "run"):
         if results.key(name, method, seed) in done:
             continue
         folder = arguments.out / "checkpoints" / f"{name}-{method}-{seed}"
@@ -124,7 +124,7 @@ def _run_task(name: str, methods: list[str], seeds: list[int], arguments: argpar
         result = training.run(task, method, seed, run_settings, checkpoints=folder if saves else None)
         results.append(path, result)
         shutil.rmtree(folder, ignore_errors=True)
-        tqdm.write(f"{name} {method} seed {seed}: {result['test_average']:.2f} ({result['seconds']:.0f} s)")
+        progress.say(f"{name} {method} seed {seed}: {result['test_average']:.2f} ({result['seconds']:.0f} s)")
 
 
 def _settings(name: str, arguments: argparse.Namespace) -> training.Settings:

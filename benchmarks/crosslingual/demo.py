@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import graddrop_fused
+from benchmarks import progress
 
 from . import figures, heads, models, tables, tasks, training
 from .methods import METHODS
@@ -69,9 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         guess = heads.majority([example for examples in task.test.values() for example in examples])
         print(f"{len(task.labels)} classes; always saying the most frequent one would score {guess:.1f}")
     results = []
-    for method in tqdm(methods, desc="methods", unit="method"):
+    for method in progress.each(methods, "methods", "method"):
         result = training.run(task, method, arguments.seed, settings)
-        tqdm.write(
+        progress.say(
             f"{method}: {result['optimizer']}, {result['steps']} steps, {result['seconds']:.0f} s, "
             f"average {result['test_average']:.1f}"
         )

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
-from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import graddrop_fused
+from benchmarks import progress
 from graddrop_fused import dispatch
 from graddrop_fused.skip import skip_dropped_layers
 
@@ -278,12 +278,13 @@ class _Progress(TrainerCallback):
         self.label = label
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=f"{self.label}: train", unit="step", leave=False
-        )
+        self.bar = progress.bar(state.max_steps, f"{self.label}: train", "step", initial=state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        progress.note(f"{self.label}: epoch {round(state.epoch)} of {round(args.num_train_epochs)}")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -297,7 +298,7 @@ class _PredictionProgress(TrainerCallback):
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if self.bar is None:
-            self.bar = tqdm(total=len(eval_dataloader), desc=f"{self.name}, all languages", unit="batch", leave=False)
+            self.bar = progress.bar(len(eval_dataloader), f"{self.name}, all languages", "batch")
         self.bar.update()
 
     def on_predict(self, args, state, control, metrics, **kwargs):

@@ -1,7 +1,7 @@
 """The mask stream a second time, element by element in Python integers, from docs/mask-stream.md alone.
 
-It shares no code with graddrop_fused. `python tests/helpers/independent.py > tests/helpers/known_answers.json` writes the known
-answers; the Philox vectors among them are the published ones (Random123, kat_vectors).
+It shares no code with graddrop_fused. `python tests/helpers/independent.py > tests/helpers/known_answers.json` writes
+the known answers; the Philox vectors among them are the published ones (Random123, kat_vectors).
 """
 
 import json

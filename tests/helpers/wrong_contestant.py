@@ -1,4 +1,4 @@
-"""A pytest plugin that puts a case with a wrong contestant into the benchmark suite: `-p tests.helpers.wrong_contestant`."""
+"""A pytest plugin, `-p tests.helpers.wrong_contestant`, that puts a wrong contestant into the benchmark suite."""
 
 from benchmarks import cases
 from benchmarks.contestant import Contestant
