@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import struct
 import subprocess
 import sys
 
@@ -34,7 +35,9 @@ def test_a_log_has_a_line_for_each_step_of_work():
 
 def test_a_terminal_has_bars():
     pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # a bar fills the width it has
     done = subprocess.run([sys.executable, "-c", CODE], stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=120)
     os.close(theirs)
     shown = b""
