@@ -16,6 +16,7 @@ import torch
 
 from . import GradDrop, GradDropAdamW, __version__, build_op, cpu, dispatch, mask_stream
 from .contract import Batch, Effect, Mask, Real, Shard
+from .names import stream_id
 
 # Random123's known answers for philox4x32-10: counter, key, output
 _PHILOX = [
@@ -27,9 +28,10 @@ _PHILOX = [
         [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
     ),
 ]
-# CRC-32 of the packed mask (little-endian words) of 1,000 elements: p = 0.1 and the seed, draw and stream of the worked
+# CRC-32 of the packed mask (little-endian words) of 1,000 elements: p = 0.1 and the seed, draw and name of the worked
 # example in docs/mask-stream.md
-_SEED, _DRAW, _STREAM, _PACKED_CRC = 0x0123456789ABCDEF, 7, 0x6159CBDA, 0x873B2FA0
+_SEED, _DRAW, _NAME = 0x0123456789ABCDEF, 7, "encoder.layer.0.attention.self.query.weight"
+_PACKED_CRC = 0xAE552630
 _SHAPE = (17, 23)
 
 
@@ -105,8 +107,8 @@ def _known_answers(name: str, device: torch.device) -> str | None:
     batch = Batch(
         params=[torch.zeros(1000, device=device)],
         shards=[Shard.whole((1000,))],
-        integers=torch.tensor([[Mask.ELEMENT, Effect.GRADIENT, _DRAW, _STREAM, lo, span, 1]]),
-        reals=torch.ones(1, len(Real), dtype=torch.float64),
+        integers=torch.tensor([[Mask.ELEMENT, Effect.GRADIENT, _DRAW, stream_id(_NAME), lo, span, 1]]),
+        reals=torch.ones(1, Real.columns(), dtype=torch.float64),
         packed=[words],
     )
     dispatch.load(name).pack(batch, seed=_SEED)

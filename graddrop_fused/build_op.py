@@ -26,7 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 NAME = "_cpu.abi3.so"
-COMMON = ["op", "step", "oracle", "level_default"]
+COMMON = ["op", "stretch", "oracle", "level_default"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2, "-Wno-uninitialized"]  # gcc 12's own headers
 LEVELS = {"level_avx2": AVX2, "level_avx512": AVX512}  # only these files may use instructions beyond the baseline

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .optimizer import GradDropAdamW
+from .contract import Effect
+from .groups import effect_of
+from .masked import MaskedOptimizer
 
 
 def skip_dropped_layers(model: nn.Module, optimizer: Optimizer) -> "SkippedLayers":
@@ -25,7 +27,7 @@ def skip_dropped_layers(model: nn.Module, optimizer: Optimizer) -> "SkippedLayer
 
     Args:
         model: the model, or what wraps it. Its training forward passes decide.
-        optimizer: a :class:`GradDropAdamW`, or an Accelerate wrapper around one.
+        optimizer: a masked optimizer such as GradDropAdamW, or an Accelerate wrapper around one.
 
     Returns:
         a handle; ``remove()`` ends it and gives back every ``requires_grad``. It is a context manager, too.
@@ -37,13 +39,14 @@ def skip_dropped_layers(model: nn.Module, optimizer: Optimizer) -> "SkippedLayer
     return SkippedLayers(model, unwrap(optimizer))
 
 
-def unwrap(optimizer: Optimizer) -> GradDropAdamW:
-    """The GradDropAdamW inside Accelerate's wrappers. Raises TypeError if there is none."""
+def unwrap(optimizer: Optimizer) -> MaskedOptimizer:
+    """The masked optimizer inside Accelerate's wrappers. Raises TypeError if there is none."""
     inner = optimizer
-    while not isinstance(inner, GradDropAdamW):
+    while not isinstance(inner, MaskedOptimizer):
         if not isinstance(getattr(inner, "optimizer", None), Optimizer):
             raise TypeError(
-                f"optimizer must be a GradDropAdamW or a wrapper around one, got {type(optimizer).__name__}"
+                "optimizer must be a masked optimizer such as GradDropAdamW, or a wrapper around one, got "
+                f"{type(optimizer).__name__}"
             )
         inner = inner.optimizer
     return inner
@@ -52,7 +55,7 @@ def unwrap(optimizer: Optimizer) -> GradDropAdamW:
 class SkippedLayers:
     """What :func:`skip_dropped_layers` returns."""
 
-    def __init__(self, model: nn.Module, optimizer: GradDropAdamW):
+    def __init__(self, model: nn.Module, optimizer: MaskedOptimizer):
         _check_checkpointing(model)
         self._params = set(model.parameters())
         if not any(p in self._params for group in optimizer.param_groups for p in group["params"]):
@@ -96,7 +99,7 @@ class SkippedLayers:
 
     def _skippable(self) -> set[Tensor]:
         groups = self._optimizer.param_groups
-        needed = {p for group in groups if group["effect"] == "update" for p in group["params"]}
+        needed = {p for group in groups if effect_of(group) == Effect.UPDATE for p in group["params"]}
         off = self._params.intersection(self._optimizer.dropped_layers()) - needed
         if not any(p.requires_grad or p in self._off for p in self._params - off):
             off -= _last_layer(groups, off)

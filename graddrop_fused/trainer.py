@@ -3,8 +3,8 @@
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
+from .adamw import GradDropAdamW
 from .layers import param_groups
-from .optimizer import GradDropAdamW
 from .policies import Policy
 from .skip import skip_dropped_layers, unwrap
 

@@ -8,11 +8,11 @@ from decimal import Decimal, localcontext
 import fake_gpu
 import pytest
 import torch
-from test_policies import CASES, LAYERS, PER_EPOCH, SHAPES, build, gradients
+from graddrop_fused.plan import runs
+from policy_cases import CASES, LAYERS, PER_EPOCH, SHAPES, build, gradients
 
 from graddrop_fused import GradDrop, GradDropAdamW, attach
 from graddrop_fused.contract import Real
-from graddrop_fused.plan import runs
 from graddrop_fused.skip import skip_dropped_layers
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers as hf
+from graddrop_fused import GradDropAdamW
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import layer_skipping
 from graddrop_fused.layers import param_groups
-from graddrop_fused.optimizer import GradDropAdamW
-from graddrop_fused.policies import GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, LinearAnneal
+from graddrop_fused import GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, LinearAnneal
 from graddrop_fused.skip import skip_dropped_layers
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}

@@ -1,4 +1,6 @@
-"""A pytest plugin, `-p tests.helpers.wrong_contestant`, that puts a wrong contestant into the benchmark suite."""
+"""A pytest plugin that puts a case with a wrong contestant into the benchmark suite.
+
+Used as `-p tests.helpers.wrong_contestant`."""
 
 from benchmarks import cases
 from benchmarks.contestant import Contestant
