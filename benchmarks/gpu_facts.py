@@ -60,7 +60,7 @@ def launches(step: Callable[[], object], device: str) -> dict[str, int]:
     step()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device != "cpu")
     wait(device)
-    with profile(activities=activities) as prof:
+    with profile(activities=activities, acc_events=True) as prof:
         step()
         wait(device)
     return count(prof.events())

@@ -173,6 +173,23 @@ def test_an_isolated_build_finds_the_environments_torch():
     assert Path(result.stdout.strip()) == Path(torch.__file__).parent
 
 
+def test_a_build_goes_on_without_torch(tmp_path):
+    (tmp_path / "source").mkdir()
+    source = wheels.copy_sources(tmp_path / "source")
+    code = (
+        "import runpy, site, sys, sysconfig\n"
+        "sys.modules['torch'], get_path = None, sysconfig.get_path\n"
+        "site.getsitepackages, site.getusersitepackages = list, str\n"
+        "sysconfig.get_path = lambda name, *a, **k: '' if name == 'purelib' else get_path(name, *a, **k)\n"
+        "sys.argv = ['setup.py', '-q', 'build']; runpy.run_path('setup.py')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("going on without the native CPU op (torch is not visible to the build)") == 1
+    assert "python -m graddrop_fused build" in done.stderr
+    assert next(source.glob("build/lib*/graddrop_fused/cpu.py")).exists()
+
+
 def test_an_old_torch_and_a_missing_compiler_are_named(tmp_path, monkeypatch):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
