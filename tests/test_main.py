@@ -42,7 +42,7 @@ def test_a_wrong_backend_is_found(monkeypatch, capsys, broken, said):
         (batch.packed if broken == "pack" else batch.params)[0].view(-1)[0] += 1
 
     monkeypatch.setattr(reference, broken, wrong)
-    assert main.main() == 1
+    assert main.main([]) == 1
     out = capsys.readouterr().out
     assert said in out and "FAILED" in out.splitlines()[-1]
 
