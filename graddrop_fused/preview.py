@@ -35,8 +35,8 @@ def keep_mask(groups: Sequence[Mapping[str, Any]], clock: Clock, param: Tensor) 
     row, word = rows_at(groups, Layers.of(groups), clock, clock.next_draw())[g]
     step: GroupStep = group_step({**groups[g], "lr": 0.0}, rule, row, word)
     bucket.tables.fill({g: step}, [1.0], [])
-    mask = like(param, torch.bool)
-    local(mask).copy_(torch.as_tensor(reference.keep(bucket.batch, 0, clock.seed)))
+    mask, kept = like(param, torch.bool), reference.keep(bucket.batch, 0, clock.seed)
+    local(mask).copy_(kept) if isinstance(kept, Tensor) else local(mask).fill_(kept)
     return mask
 
 
