@@ -30,6 +30,7 @@ def test_every_example_is_known():
     assert all(f"({path.name})" in table for path in EXAMPLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path):
     for tool in ("lightning", "peft"):

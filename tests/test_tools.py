@@ -1,4 +1,4 @@
-"""PEFT, TRL, sentence-transformers, averaged weights, torch_compile, Accelerate with FSDP2: each used as it is meant."""
+"""PEFT, TRL, sentence-transformers, swa_utils, torch_compile, Accelerate with FSDP2: each used as it is meant."""
 
 import copy
 import os

@@ -216,14 +216,24 @@ def test_a_model_made_anew_gets_groups_of_its_own(tmp_path):
 
 def test_skipping_in_the_trainer_changes_nothing(tmp_path):
     """max_grad_norm=0: a norm of all gradients would miss the skipped ones."""
+
+    class Count(hf.TrainerCallback):
+        absent = 0
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+            self.absent += sum(p.grad is None for p in model.parameters())
+
     models = []
     for skip in (False, True):
         args = arguments(tmp_path, save_strategy="no", num_train_epochs=2, max_grad_norm=0.0)
         trainer = build_trainer(args, LayerGradDrop(p=0.5))
         trainer.remove_callback(GradDropCallback)
         trainer.add_callback(GradDropCallback(skip_dropped_layers=skip))
+        count = Count()
+        trainer.add_callback(count)
         trainer.train()
         models.append(trainer.model)
+        assert bool(count.absent) == skip
         assert all(p.requires_grad for p in trainer.model.parameters())
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(p, q)
