@@ -7,7 +7,7 @@ import re
 from torch import nn
 
 from .names import canonical_name
-from .policies import GradFreeze, Policy
+from .policies import Policy
 from .stacks import Part, Walk
 from .targets import ATTENTION, attention_projections
 
@@ -42,6 +42,8 @@ def find_layers(model: nn.Module, *, stack: str | None = None) -> dict[str, dict
         ValueError: if there are no blocks, if nothing says in which order several stacks run, or if ``stack`` names no
             ModuleList.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r:.100}")
     layer_at = _layers_by_prefix(model, stack)
 
     def layer_of(name: str) -> str:
@@ -70,8 +72,7 @@ def param_groups(
 
     A layer has up to four groups, with and without weight decay, with and without ``drop``; they share
     ``group["layer"]``. Groups come in the order embeddings, blocks, head. Each has the keys params (a list of
-    (name, parameter)), weight_decay, drop and layer, and with GradFreeze effect="freeze", since weight decay would
-    still move a frozen layer otherwise. lr and the rest are the optimizer's.
+    (name, parameter)), weight_decay, drop and layer. lr and the rest are the optimizer's.
 
     Args:
         model: a transformers model, wrapped or not; see :func:`find_layers`. Parameters that do not require a gradient
@@ -119,6 +120,16 @@ def param_groups(
             "that decides per element, such as GradDrop(0.1), or train blocks too"
         )
 
+    return _grouped(layers, in_layer, dropped, weight_decay, drop)
+
+
+def _grouped(
+    layers: dict[str, dict[str, nn.Parameter]],
+    in_layer: dict[str, str],
+    dropped: set[str],
+    weight_decay: float,
+    drop: Policy | None,
+) -> list[dict]:
     groups: dict[tuple, dict] = {}
     for name, layer in in_layer.items():
         param = layers[layer][name]
@@ -128,8 +139,6 @@ def param_groups(
             (layer, param.dim() >= 2, name in dropped),
             {"params": [], "weight_decay": decay, "drop": policy, "layer": layer},
         )
-        if isinstance(policy, GradFreeze):
-            group["effect"] = "freeze"
         group["params"].append((name, param))
     return list(groups.values())
 
