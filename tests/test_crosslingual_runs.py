@@ -12,7 +12,19 @@ from scipy.stats import t, ttest_rel
 
 import graddrop_fused
 from benchmarks.crosslingual import __main__ as command
-from benchmarks.crosslingual import demo, figures, methods, models, paper, recipes, results, tables, training, xglue
+from benchmarks.crosslingual import (
+    demo,
+    figures,
+    methods,
+    models,
+    paper,
+    recipes,
+    results,
+    step_lengths,
+    tables,
+    training,
+    xglue,
+)
 from benchmarks.crosslingual.heads import HEADS
 from benchmarks.crosslingual.task import Task, Text
 from graddrop_fused import GradDropAdamW, param_groups
@@ -542,6 +554,24 @@ def test_the_paper_s_inconsistencies_are_found():
         assert text in notes
     # columns of the two tables that say the same: XNLI's printed average is table 2's first column
     assert all(paper.XNLI[method][-1] == paper.XGLUE[method][0] for method in paper.METHODS)
+
+
+def test_the_paper_can_be_printed_alone(capsys):
+    assert command.main(["--paper"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("The paper's tables as printed") and "| graddrop-epoch " in printed
+
+
+def test_masks_shorten_what_steps_add_up_to(monkeypatch):
+    """By sqrt(1 - p), whether rescaled or not, and leave the noise; what an epoch mask switches on moves too far."""
+    for name, value in (("ELEMENTS", 20_000), ("WARM", 300), ("MEASURED", 20), ("PROBABILITIES", (0.5,))):
+        monkeypatch.setattr(step_lengths, name, value)
+    _, row = step_lengths.rows()
+    root, scaled, plain, noise = map(float, row[1:5])
+    assert root == 0.71 and scaled == plain == pytest.approx(root, abs=0.03) and noise == pytest.approx(1, abs=0.06)
+    header, *rows = step_lengths.cold_starts()
+    moved = {row[0]: float(row[1]) for row in rows}
+    assert moved["update"] == pytest.approx(1, abs=0.05) and moved["gradient"] > 2 and moved["freeze"] > 2
 
 
 # Figures
