@@ -1,6 +1,6 @@
-"""The mask stream, version 1: which gradient elements survive.
+"""The mask stream, version 2: which gradient elements survive.
 
-    keep = f(seed, draw, stream, element)
+    keep = f(seed, draw, stream id, element)
 
 A pure function of four integers. It holds no generator and no state, so a mask is the same bits on every
 device, thread count, world size, sharding and resume. docs/mask-stream.md is the full specification; this
@@ -16,10 +16,14 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-VERSION = 1
+from .names import ID_BITS
+
+VERSION = 2
 
 WORD = 0xFFFFFFFF  # the largest unsigned 32-bit value
-TILE = 128  # elements decided by 32 consecutive counters: 4 output words x 32 lanes
+HALF = 0xFFFF  # the largest unsigned 16-bit value: what an element's random number can be
+INDEX_BITS = 40  # of a counter index
+TILE = 128  # elements decided by 16 consecutive counters: 4 output words x 16 lanes x 2 halves
 _CHUNK = 1 << 22  # elements drawn at once: bounds the memory the int64 arithmetic takes
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -28,12 +32,15 @@ _ROUNDS = 10
 
 
 class Purpose(IntEnum):
-    """The top 8 bits of counter word 1: what a random word is for."""
+    """Bits 8 to 11 of counter word 1: what a random number is for."""
 
     ELEMENT = 0
     LAYER = 1
     GAUSSIAN = 2
     BLOCK = 3
+    ROUND_PARAM = 4  # stochastic rounding: of the parameter, and of the rule's first and second state
+    ROUND_STATE_0 = 5
+    ROUND_STATE_1 = 6
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
@@ -75,52 +82,55 @@ def _philox_rounds(c0, c1, c2, c3, k0, k1) -> list:
     return [c0, c1, c2, c3]
 
 
-def outputs(index: Tensor, *, seed: int, draw: int, stream: int, purpose: Purpose) -> list[Tensor]:
-    """The four output words at 56-bit counter indices ``index`` (int64, any shape): four int64 tensors."""
+def outputs(index: Tensor, *, seed: int, draw: int, stream_id: int, purpose: Purpose) -> list[Tensor]:
+    """The four output words at 40-bit counter indices ``index`` (int64, any shape): four int64 tensors."""
     return _philox_rounds(
         index & WORD,
-        (index >> 32) | (int(purpose) << 24),
+        (index >> 32) | _counter_word1(purpose, stream_id),
         torch.full_like(index, draw),
-        torch.full_like(index, stream),
+        torch.full_like(index, stream_id & WORD),
         torch.full_like(index, seed & WORD),
         torch.full_like(index, seed >> 32),
     )
 
 
-def element_counter(elements: Tensor) -> tuple[Tensor, Tensor]:
-    """Elements (int64) -> (counter index, output word): 32 counters make a tile of 128 elements."""
-    return 32 * (elements // TILE) + elements % 32, (elements // 32) % 4
+def _counter_word1(purpose: Purpose, stream_id: int) -> int:
+    """Counter word 1 of the counter indices below 2**32: above their 8 bits stand 4 of purpose and 20 of the id."""
+    return int(purpose) << 8 | (stream_id >> 32) << 12
 
 
-def element_words(elements: Tensor, *, seed: int, draw: int, stream: int, purpose=Purpose.ELEMENT) -> Tensor:
-    """One random word per element.
+def element_random(elements: Tensor, *, seed: int, draw: int, stream_id: int, purpose=Purpose.ELEMENT) -> Tensor:
+    """One 16-bit random number per element: a counter serves eight elements, two in each of its output words.
 
     Args:
         elements: int64, any shape: flat row-major indices in the whole parameter.
 
     Returns:
-        int64 of the same shape, unsigned 32-bit values.
+        int64 of the same shape, unsigned 16-bit values.
     """
-    index, word = element_counter(elements)
-    return _select(outputs(index, seed=seed, draw=draw, stream=stream, purpose=purpose), word)
+    index = 16 * (elements // TILE) + elements % 32 // 2
+    words = outputs(index, seed=seed, draw=draw, stream_id=stream_id, purpose=purpose)
+    return _half(_select(words, elements // 32 % 4), elements % 2)
 
 
-def block_words(elements: Tensor, block: int, *, seed: int, draw: int, stream: int) -> Tensor:
-    """One random word per block of ``block`` consecutive elements, as every element of the block sees it."""
+def block_random(elements: Tensor, block: int, *, seed: int, draw: int, stream_id: int) -> Tensor:
+    """The 16-bit random number of each element's block of ``block`` consecutive elements."""
     b = elements // block
-    return _select(outputs(b // 4, seed=seed, draw=draw, stream=stream, purpose=Purpose.BLOCK), b % 4)
+    words = outputs(b // 8, seed=seed, draw=draw, stream_id=stream_id, purpose=Purpose.BLOCK)
+    return _half(_select(words, b // 2 % 4), b % 2)
 
 
-def layer_word(*, seed: int, draw: int, stream: int) -> int:
-    """The random word of a whole layer; ``stream`` is the layer's id."""
+def layer_random(*, seed: int, draw: int, stream_id: int) -> int:
+    """The 16-bit random number of a whole layer; ``stream_id`` is the layer's."""
     # plain integers: 100 times faster than tensors of one element, and asked for before every forward pass
-    return _philox_rounds(0, Purpose.LAYER << 24, draw, stream, seed & WORD, seed >> 32)[0]
+    word1 = _counter_word1(Purpose.LAYER, stream_id)
+    return _philox_rounds(0, word1, draw, stream_id & WORD, seed & WORD, seed >> 32)[0] & HALF
 
 
-def gaussian(elements: Tensor, *, seed: int, draw: int, stream: int) -> Tensor:
-    """A standard normal per element (float64), by Box-Muller from the four words at the element's counter."""
-    index, word = element_counter(elements)
-    words = outputs(index, seed=seed, draw=draw, stream=stream, purpose=Purpose.GAUSSIAN)
+def gaussian(elements: Tensor, *, seed: int, draw: int, stream_id: int) -> Tensor:
+    """A standard normal per element (float64), by Box-Muller from the four whole words at the element's counter."""
+    index, word = gaussian_counter(elements)
+    words = outputs(index, seed=seed, draw=draw, stream_id=stream_id, purpose=Purpose.GAUSSIAN)
     u = [(w.double() + 0.5) / 2**32 for w in words]
     normals = []
     for radius, angle in ((u[0], u[1]), (u[2], u[3])):
@@ -129,44 +139,56 @@ def gaussian(elements: Tensor, *, seed: int, draw: int, stream: int) -> Tensor:
     return _select(normals, word)
 
 
+def gaussian_counter(elements: Tensor) -> tuple[Tensor, Tensor]:
+    """Elements (int64) -> (counter index, which of its four normals): 32 counters make a tile of 128 elements."""
+    return 32 * (elements // TILE) + elements % 32, elements // 32 % 4
+
+
 def _select(four: Sequence[Tensor], which: Tensor) -> Tensor:
     return torch.where(which < 2, torch.where(which == 0, four[0], four[1]), torch.where(which == 2, four[2], four[3]))
 
 
-def decide(words: Tensor | int, lo: int, span: int):
-    """Kept iff (word - lo) mod 2**32 <= span. Integers only, so that every backend agrees on every bit."""
-    return ((words - lo) & WORD) <= span
+def _half(words: Tensor, upper: Tensor) -> Tensor:
+    return (words >> 16 * upper) & HALF
+
+
+def decide(random: Tensor | int, lo: int, span: int):
+    """Kept iff (random - lo) mod 2**16 <= span. Integers only, so that every backend agrees on every bit."""
+    return ((random - lo) & HALF) <= span
 
 
 # Windows: how a probability becomes (lo, span)
 
 
 def bernoulli_window(p: float) -> tuple[int, int]:
-    """(lo, span) that drops with probability p. Raises ValueError if p is not in [0, 1)."""
-    lo = round(p * 2**32) if 0.0 <= p < 1.0 else 2**32
-    if lo >= 2**32:
-        raise ValueError(f"p must be in [0, 1) and leave a keep probability of at least 2**-32, got {p!r}")
-    return lo, WORD - lo
+    """(lo, span) that drops with probability p, rounded to a multiple of 2**-16.
+
+    Raises ValueError if p is not in [0, 1), or rounds to 1.
+    """
+    lo = round(p * 2**16) if 0.0 <= p < 1.0 else 2**16
+    if lo >= 2**16:
+        raise ValueError(f"p must be in [0, 1) and leave a keep probability of at least 2**-16, got {p!r}")
+    return lo, HALF - lo
 
 
 def epoch_bounds(p: float) -> list[int]:
-    """Bounds B(0) = 0 < B(1) < ... = 2**32 of the windows that partition one cycle, one window an epoch.
+    """Bounds B(0) = 0 < B(1) < ... = 2**16 of the windows that partition one cycle, one window an epoch.
 
-    Raises ValueError if p is not in [0, 1), or if a cycle would take more than 2**20 epochs.
+    Raises ValueError if p is not in [0, 1), or if an epoch's window would be empty.
     """
     bernoulli_window(p)  # the same range check
-    if 1.0 - p < 2.0**-20:  # the list would fill memory
-        raise ValueError(f"p must leave a keep probability of at least 2**-20 without replacement, got {p!r}")
+    if 1.0 - p < 2.0**-16:
+        raise ValueError(f"p must leave a keep probability of at least 2**-16 without replacement, got {p!r}")
     bounds, total = [0], 0.0
-    while bounds[-1] < 2**32:
+    while bounds[-1] < 2**16:
         total += 1.0 - p
-        bounds.append(round(2**32 * min(1.0, total)))
+        bounds.append(round(2**16 * min(1.0, total)))
     return bounds
 
 
 def rescale(span: int) -> float:
-    """1 / q with the exact keep probability q = (span + 1) / 2**32."""
-    return 2**32 / (span + 1)
+    """1 / q with the exact keep probability q = (span + 1) / 2**16."""
+    return 2**16 / (span + 1)
 
 
 # Packed form: contiguous int32 words, bit l of word w is element 32 * w + l, unused bits zero
@@ -213,7 +235,7 @@ def keep_mask(
     *,
     seed: int = 0,
     draw: int = 1,
-    stream: int = 0,
+    stream_id: int = 0,
     block: int = 1,
     window: tuple[int, int] | None = None,
     device=None,
@@ -222,10 +244,10 @@ def keep_mask(
 
     Args:
         shape: shape of the whole parameter.
-        p: drop probability in [0, 1); ignored when ``window`` is given.
-        seed: unsigned 64-bit. draw: unsigned 32-bit (step, epoch or cycle). stream: unsigned 32-bit id.
-        block: 1 for a decision per element, or B (a multiple of 128) for one per B consecutive elements.
-        window: (lo, span) to decide with in place of Bernoulli's.
+        p: drop probability in [0, 1), rounded to a multiple of 2**-16; ignored when ``window`` is given.
+        seed: unsigned 64-bit. draw: unsigned 32-bit (step, epoch or cycle). stream_id: unsigned 52-bit.
+        block: 1 for a decision per element, or B for one per B consecutive elements.
+        window: (lo, span), 16 bits each, to decide with in place of Bernoulli's.
 
     Returns:
         bool tensor of ``shape``: True where the gradient is kept.
@@ -234,19 +256,22 @@ def keep_mask(
         ValueError: naming the argument that is out of its range.
     """
     lo, span = bernoulli_window(p) if window is None else window
-    words = {"draw": draw, "stream": stream, "lo": lo, "span": span}
-    for name, value, bits in (("seed", seed, 64), *((name, value, 32) for name, value in words.items())):
+    for name, value, bits in (
+        ("seed", seed, 64),
+        ("draw", draw, 32),
+        ("stream_id", stream_id, ID_BITS),
+        ("lo", lo, 16),
+        ("span", span, 16),
+    ):
         if not 0 <= value < 2**bits:
             raise ValueError(f"{name} must be in [0, 2**{bits}), got {value!r}")
-    if block != 1 and (block < TILE or block % TILE):
-        raise ValueError(f"block must be 1 or a multiple of {TILE}, got {block!r}")
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block!r}")
     mask = torch.empty(math.prod(shape), dtype=torch.bool, device=device)
+    at = {"seed": seed, "draw": draw, "stream_id": stream_id}
     for start in range(0, mask.numel(), _CHUNK):
         part = mask[start : start + _CHUNK]
         elements = torch.arange(start, start + part.numel(), device=device)
-        if block == 1:
-            words = element_words(elements, seed=seed, draw=draw, stream=stream)
-        else:
-            words = block_words(elements, block, seed=seed, draw=draw, stream=stream)
-        part.copy_(decide(words, lo, span))
+        random = element_random(elements, **at) if block == 1 else block_random(elements, block, **at)
+        part.copy_(decide(random, lo, span))
     return mask.reshape(tuple(shape))

@@ -1,7 +1,9 @@
 """From names to stream ids: what makes a parameter's masks its own, whatever wraps or shards the model."""
 
-import zlib
 from collections.abc import Iterable
+from hashlib import blake2b
+
+ID_BITS = 52
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -18,17 +20,21 @@ def canonical_name(name: str) -> str:
 
 
 def stream_id(name: str) -> int:
-    """CRC-32 of the canonical name in UTF-8: counter word 3 of every mask of that parameter or layer."""
-    return zlib.crc32(canonical_name(name).encode())
+    """The id of a parameter or layer in the mask stream: 52 bits of BLAKE2b of its canonical name in UTF-8."""
+    digest = blake2b(canonical_name(name).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 2**ID_BITS
 
 
 def check_distinct(what: str, named_ids: Iterable[tuple[str, int]]) -> None:
     """Raises ValueError naming both owners if two of ``named_ids`` share an id: their masks would be the same."""
     owners: dict[int, str] = {}
-    for name, stream in named_ids:
-        if stream in owners:
+    for name, number in named_ids:
+        if number in owners:
+            canonical = canonical_name(name)
+            why = f"have the same stream id {number:#x}"
+            if canonical == canonical_name(owners[number]):
+                why = f"are both called {canonical!r} without their wrappers"
             raise ValueError(
-                f"{what} {owners[stream]!r} and {name!r} have the same stream id {stream:#010x}, so they would get "
-                f"the same masks; rename one of them"
+                f"{what} {owners[number]!r} and {name!r} {why}, so they would get the same masks; rename one of them"
             )
-        owners[stream] = name
+        owners[number] = name

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import independent
 import parity
@@ -12,88 +13,107 @@ from hypothesis import strategies as st
 from parity import F32, F64, Case, Spec
 
 from graddrop_fused import reference
-from graddrop_fused.contract import Batch, Effect, Integer, Layout, Mask, Real, Shard, collapse, layout_row
+from graddrop_fused.contract import Batch, Effect, Integer, Layout, Mask, Real, Shard
+from graddrop_fused.layout import collapse, layout_row
+from graddrop_fused.rules import SGD, AdamW, Lion
 
 
-def adamw_by_hand(spec: Spec, seed: int, e: int, kept: bool, g: float, state: tuple) -> tuple:
-    """One element's step in Python floats, from equations 2 and 3 and AdamW; ``state`` is (p, m, v, vmax)."""
-    p, m, v, vmax = state
-    beta1, beta2 = spec.betas
+def sign(x):
+    return (x > 0) - (x < 0)
+
+
+def adamw_by_hand(spec: Spec, rule, g: float, p: float, state: list[float]) -> tuple[float, list[float]]:
+    """(change of the parameter, new state), from the paper's and the rule's own equations; ``state`` is m, v, vmax."""
+    (beta1, beta2), (m, v, *vmax) = spec.betas, state
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g**2
+    vmax = [max(old, v) for old in vmax]
+    m_hat = m / (1 - beta1**spec.step)
+    v_hat = (vmax[0] if vmax else v) / (1 - beta2**spec.step)
+    return -spec.lr * spec.weight_decay * p - spec.lr * m_hat / (math.sqrt(v_hat) + spec.eps), [m, v, *vmax]
+
+
+def sgd_by_hand(spec: Spec, rule, g: float, p: float, state: list[float]) -> tuple[float, list[float]]:
+    g += spec.weight_decay * p
+    if not state:
+        return -spec.lr * g, []
+    m = g if spec.step == 1 else spec.momentum * state[0] + (1 - spec.dampening) * g
+    return -spec.lr * (g + spec.momentum * m if spec.nesterov else m), [m]
+
+
+def lion_by_hand(spec: Spec, rule, g: float, p: float, state: list[float]) -> tuple[float, list[float]]:
+    (beta1, beta2), (m,) = spec.betas, state
+    return -spec.lr * (sign(beta1 * m + (1 - beta1) * g) + spec.weight_decay * p), [beta2 * m + (1 - beta2) * g]
+
+
+BY_HAND = {"adamw": adamw_by_hand, "sgd": sgd_by_hand, "lion": lion_by_hand}
+
+
+def step_by_hand(spec: Spec, rule, seed: int, e: int, kept: bool, g: float, p: float, state: list[float]):
+    """One element's masked step in Python floats: (parameter, state), from equations 2 and 3."""
     lo, span = spec.lo_span()
-    rescale = 2**32 / (span + 1) if spec.mask not in (Mask.KEEP, Mask.DROP, Mask.GAUSSIAN) else 1.0
+    rescale = 2**16 / (span + 1) if spec.mask not in (Mask.KEEP, Mask.DROP, Mask.GAUSSIAN) else 1.0
     if spec.maximize:
         g = -g
     if spec.effect == Effect.FREEZE and not kept:
-        return state
+        return p, state
     if spec.effect != Effect.UPDATE:
         g = rescale * g if kept else 0.0
     if spec.mask == Mask.GAUSSIAN:
-        g *= 1 + spec.noise_std * independent.normal(e, seed, spec.draw, spec.stream)
-    m = beta1 * m + (1 - beta1) * g
-    v = beta2 * v + (1 - beta2) * g**2
-    vmax = max(vmax, v) if spec.amsgrad else vmax
-    m_hat = m / (1 - beta1**spec.step)
-    v_hat = (vmax if spec.amsgrad else v) / (1 - beta2**spec.step)
-    change = -spec.lr * spec.weight_decay * p - spec.lr * m_hat / (math.sqrt(v_hat) + spec.eps)
+        g *= 1 + spec.noise_std * independent.normal(e, seed, spec.draw, spec.stream_id)
+    change, state = BY_HAND[rule.name](spec, rule, g, p, state)
     if spec.effect == Effect.UPDATE:
         change = rescale * change if kept else 0.0
-    return p + change, m, v, vmax
+    return p + change, state
 
 
 def kept_by_hand(spec: Spec, seed: int, e: int, bit: bool) -> bool:
-    at = (seed, spec.draw, spec.stream)
-    word = {
-        Mask.ELEMENT: lambda: independent.element_word(e, *at),
-        Mask.BLOCK: lambda: independent.block_word(e // spec.block, *at),
-        Mask.LAYER: lambda: independent.layer_word(*at),
+    at = (seed, spec.draw, spec.stream_id)
+    drawn = {
+        Mask.ELEMENT: lambda: independent.element_random(e, *at),
+        Mask.BLOCK: lambda: independent.block_random(e // spec.block, *at),
+        Mask.LAYER: lambda: independent.layer_random(*at),
     }
-    if spec.mask in word:
-        return independent.kept(word[spec.mask](), *spec.lo_span())
+    if spec.mask in drawn:
+        return independent.kept(drawn[spec.mask](), *spec.lo_span())
     return {Mask.KEEP: True, Mask.GAUSSIAN: True, Mask.DROP: False, Mask.PACKED: bit}[spec.mask]
 
 
 STEPS = [
-    Spec(shape, mask, effect, p=0.4, block=128 if mask == Mask.BLOCK else 1, stream=stream, **options)
+    Spec(shape, mask, effect, p=0.4, block=128 if mask == Mask.BLOCK else 1, stream_id=number, **options)
     for mask, effect in itertools.product(Mask, Effect)
-    for stream, shape, options in (
+    for number, shape, options in (
         (1, (17, 23), {}),
-        (2, (300,), {"amsgrad": True, "shard": Shard((300,), (1,), 2**33 + 55), "maximize": True}),
+        (2, (300,), {"nesterov": True, "shard": Shard((300,), (1,), 2**33 + 55), "maximize": True}),
         (4, (9, 20), {"order": (1, 0), "grad_gap": 1, "shard": Shard.box((9, 20), (9, 77), (0, 31)), "step": 1}),
     )
     if not (mask == Mask.GAUSSIAN and effect != Effect.GRADIENT)
 ]
 
 
-@pytest.mark.parametrize("spec", STEPS, ids=lambda s: f"{s.mask.name}-{s.effect.name}-{s.stream}".lower())
-@pytest.mark.parametrize("grad_scale", [None, 128.0])
-def test_adamw_follows_the_equations(spec, grad_scale):
-    case = Case("by-hand", (spec,), F64, F64, F64, grad_scale=grad_scale)
+@pytest.mark.parametrize("spec", STEPS, ids=lambda s: f"{s.mask.name}-{s.effect.name}-{s.stream_id}".lower())
+@pytest.mark.parametrize("rule", [AdamW(), AdamW(amsgrad=True), SGD(), SGD(momentum=True), Lion()], ids=repr)
+def test_an_update_follows_the_equations(spec, rule):
+    case = Case("by-hand", (spec,), F64, F64, F64, rule, grad_scale=128.0 if spec.stream_id == 4 else None)
     batch = parity.build(case)
     before = parity.clone(batch)
-    scale = None if grad_scale is None else torch.tensor(grad_scale)
-    reference.adamw(batch, seed=case.seed, grad_scale=scale)
+    scale = None if case.grad_scale is None else torch.tensor(case.grad_scale)
+    reference.update(batch, rule, seed=case.seed, grad_scale=scale)
 
     whole = spec.shard or Shard.whole(spec.shape)
     words = None if before.packed[0] is None else before.packed[0].tolist()
-    vmax = before.max_exp_avg_sqs[0]
     seen = set()
     for n, index in enumerate(itertools.product(*map(range, spec.shape))):
         e = whole.offset + sum(i * s for i, s in zip(index, whole.strides, strict=True))
         bit = words is not None and bool(words[n // 32] >> (n % 32) & 1)
         kept = kept_by_hand(spec, case.seed, e, bit)
         seen.add(kept)
-        tensors = before.params[0], before.exp_avgs[0], before.exp_avg_sqs[0]
-        state = (*(t[index].item() for t in tensors), 0.0 if vmax is None else vmax[index].item())
-        g = before.grads[0][index].item() / (grad_scale or 1.0)
-        expected = adamw_by_hand(spec, case.seed, e, kept, g, state)
-        now = (
-            batch.params[0],
-            batch.exp_avgs[0],
-            batch.exp_avg_sqs[0],
-            *([] if vmax is None else batch.max_exp_avg_sqs),
-        )
-        for actual, value in zip(now, expected, strict=False):
-            assert actual[index].item() == pytest.approx(value, rel=1e-11, abs=1e-13)
+        old = [tensors[0][index].item() for tensors in before.states]
+        g = before.grads[0][index].item() / (case.grad_scale or 1.0)
+        p, state = step_by_hand(spec, rule, case.seed, e, kept, g, before.params[0][index].item(), old)
+        assert batch.params[0][index].item() == pytest.approx(p, rel=1e-11, abs=1e-13)
+        for tensors, value in zip(batch.states, state, strict=True):
+            assert tensors[0][index].item() == pytest.approx(value, rel=1e-11, abs=1e-13)
     if spec.mask in (Mask.ELEMENT, Mask.PACKED):
         assert seen == {True, False}
 
@@ -101,8 +121,8 @@ def test_adamw_follows_the_equations(spec, grad_scale):
 @pytest.mark.parametrize("case", parity.CASES, ids=str)
 def test_the_reference_is_within_its_own_tolerances(case):
     """In float32, bfloat16 and float16 against itself in float64: the bounds that other backends are held to."""
-    parity.check_adamw(reference, case)
-    parity.check_mask_grads(reference, case)
+    parity.check_update(reference, case)
+    parity.check_mask(reference, case)
     parity.check_pack(reference, case)
 
 
@@ -112,8 +132,8 @@ def test_the_reference_gives_the_known_answers():
 
 @given(case=parity.cases())
 def test_the_reference_on_fuzzed_cases(case):
-    parity.check_adamw(reference, case)
-    parity.check_mask_grads(reference, case)
+    parity.check_update(reference, case)
+    parity.check_mask(reference, case)
     parity.check_pack(reference, case)
 
 
@@ -128,11 +148,8 @@ class Mutant:
         function(batch, **options)
         self.after(batch)
 
-    def adamw(self, batch, **options):
-        self._run(reference.adamw, batch, **options)
-
-    def mask_grads(self, batch, **options):
-        self._run(reference.mask_grads, batch, **options)
+    def update(self, batch, rule, **options):
+        self._run(partial(reference.update, rule=rule), batch, **options)
 
     def pack(self, batch, **options):
         self._run(reference.pack, batch, **options)
@@ -156,11 +173,11 @@ def nudge_parameter(batch):
 
 
 def nudge_moment(batch):
-    batch.exp_avg_sqs[0].mul_(1 + 2.0**-18)
+    batch.states[1][0].mul_(1 + 2.0**-18)
 
 
 def touch_frozen(batch):
-    batch.exp_avgs[0].mul_(-1)
+    batch.states[0][0].mul_(-1)
 
 
 SHARDED = Case("sharded", (Spec((300,), shard=Shard((300,), (1,), 33)),), steps=1)
@@ -171,12 +188,12 @@ EDGES = next(case for case in parity.CASES if case.name == "edges-element")
 @pytest.mark.parametrize(
     ("mutant", "case", "checks"),
     [
-        (Mutant(before=forget_offset), SHARDED, "adamw mask_grads pack"),
-        (Mutant(before=narrow_window), EDGES, "adamw mask_grads pack"),
-        (Mutant(after=write_past_the_end), SHARDED, "adamw mask_grads pack"),
-        (Mutant(after=nudge_parameter), SHARDED, "adamw mask_grads"),
-        (Mutant(after=nudge_moment), SHARDED, "adamw"),
-        (Mutant(after=touch_frozen), FROZEN, "adamw"),
+        (Mutant(before=forget_offset), SHARDED, "update mask pack"),
+        (Mutant(before=narrow_window), EDGES, "update mask pack"),
+        (Mutant(after=write_past_the_end), SHARDED, "update mask pack"),
+        (Mutant(after=nudge_parameter), SHARDED, "update mask"),
+        (Mutant(after=nudge_moment), SHARDED, "update"),
+        (Mutant(after=touch_frozen), FROZEN, "update"),
     ],
     ids=("offset", "window", "overrun", "parameter", "moment", "frozen"),
 )
@@ -186,22 +203,32 @@ def test_the_checks_can_fail(mutant, case, checks):
             getattr(parity, f"check_{check}")(mutant, case)
 
 
+AGAINST_TORCH = {
+    "adamw": (torch.optim.AdamW, {}),
+    "amsgrad": (torch.optim.AdamW, {"amsgrad": True}),
+    "maximize": (torch.optim.AdamW, {"maximize": True}),
+    "no-decay": (torch.optim.AdamW, {"weight_decay": 0.0}),
+    "other-betas": (torch.optim.AdamW, {"betas": (0.8, 0.95), "eps": 1e-4, "lr": 1e-2}),
+    "sgd": (torch.optim.SGD, {"weight_decay": 0.1}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3, "maximize": True}),
+    "nesterov": (torch.optim.SGD, {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1}),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"amsgrad": True}, {"maximize": True}, {"weight_decay": 0.0}, {"betas": (0.8, 0.95), "eps": 1e-4, "lr": 1e-2}],
-    ids=str,
-)
-def test_with_nothing_dropped_it_is_torch_adamw(dtype, options):
+@pytest.mark.parametrize("name", AGAINST_TORCH)
+def test_with_nothing_dropped_it_is_torchs(dtype, name):
     """100 steps. bfloat16 parameters and state are rounded once a step here and after every operation by torch, so a
     step may end one unit in the last place (2**-8) off and 100 of them drift apart: 10 units of the largest value."""
+    theirs_class, options = AGAINST_TORCH[name]
     generator = torch.Generator().manual_seed(0)
-    settings = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "amsgrad": False} | options
+    settings = {"lr": 1e-3} | options
     start = [torch.randn(shape, generator=generator, dtype=F64).to(dtype) for shape in ((17, 23), (129,), ())]
     theirs = [torch.nn.Parameter(t.clone()) for t in start]
     ours = [t.clone() for t in start]
-    optimizer = torch.optim.AdamW(theirs, foreach=False, **settings)
-    state = [[torch.zeros_like(p) for p in ours] for _ in range(3)]
+    optimizer = theirs_class(theirs, foreach=False, **settings)
+    rule = {torch.optim.AdamW: AdamW, torch.optim.SGD: SGD}[theirs_class].of(optimizer.param_groups[0])
+    states = [[torch.zeros_like(p) for p in ours] for _ in rule.states]
     integers = torch.zeros(len(ours), len(Integer), dtype=torch.int64)
     integers[:, Integer.MASK] = Mask.KEEP
     for step in range(1, 101):
@@ -209,26 +236,21 @@ def test_with_nothing_dropped_it_is_torch_adamw(dtype, options):
         for p, g in zip(theirs, grads, strict=True):
             p.grad = g.clone()
         optimizer.step()
-        scalars = {key: settings[key] for key in ("lr", "betas", "eps", "weight_decay")}
-        row = Spec((), Mask.KEEP, step=step, maximize=options.get("maximize", False), **scalars).reals()
-        batch = Batch(
-            params=ours,
-            shards=[Shard.whole(p.shape) for p in ours],
-            integers=integers,
-            reals=torch.tensor([row] * len(ours), dtype=F64),
-            grads=grads,
-            exp_avgs=state[0],
-            exp_avg_sqs=state[1],
-            max_exp_avg_sqs=state[2] if settings["amsgrad"] else [None] * len(ours),
-        )
-        reference.adamw(batch, seed=0)
+        known = {k: v for k, v in optimizer.param_groups[0].items() if k in Spec.__dataclass_fields__}
+        row = Spec((), Mask.KEEP, step=step, **known).reals(rule)
+        shards = [Shard.whole(p.shape) for p in ours]
+        reals = torch.tensor([row] * len(ours), dtype=F64)
+        reference.update(Batch(ours, shards, integers, reals, grads, states), rule, seed=0)
     # 100 steps of a few roundings each; bfloat16 as above
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 10 * 2.0**-8}[dtype]
     for p, q in zip(ours, theirs, strict=True):
         assert (p - q).abs().max() <= tolerance * q.abs().max().clamp(min=1.0)
         if dtype != torch.bfloat16:
-            torch.testing.assert_close(state[0][0], optimizer.state[theirs[0]]["exp_avg"], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(state[1][0], optimizer.state[theirs[0]]["exp_avg_sq"], rtol=1e-5, atol=1e-9)
+            for tensors, state_name in zip(states, rule.states, strict=True):
+                expected = optimizer.state[theirs[0]][state_name]
+                # squares cannot cancel, a mean of signed gradients can
+                atol = 1e-9 if state_name.endswith("_sq") else 1e-6
+                torch.testing.assert_close(tensors[0], expected, rtol=1e-5, atol=atol)
 
 
 # Geometry
@@ -263,10 +285,10 @@ def test_layout_rows_walk_every_element_in_row_major_order(geometry):
     _, _, shard, _, (param, grad) = geometry
     collapsed = collapse(shard, param.stride(), grad.stride())
     assert len({len(part) for part in collapsed}) == 1 and 1 not in collapsed[0]
-    batch = Batch([param], [shard], torch.zeros(1, len(Integer)), torch.zeros(1, len(Real)), grads=[grad])
+    batch = Batch([param], [shard], torch.zeros(1, len(Integer)), torch.zeros(1, Real.columns()), grads=[grad])
     row = layout_row(batch, 0)
     assert len(row) == Layout.columns()
-    assert row[Layout.PARAM] == param.data_ptr() and row[Layout.GRAD] == grad.data_ptr() and row[Layout.EXP_AVG] == 0
+    assert row[Layout.PARAM] == param.data_ptr() and row[Layout.GRAD] == grad.data_ptr() and row[Layout.STATE] == 0
     assert (row[Layout.NUMEL], row[Layout.OFFSET]) == (shard.numel, shard.offset)
     dims = row[Layout.NDIM]
     sizes = row[Layout.SIZE :][:dims]
@@ -293,6 +315,6 @@ def test_dense_tensors_collapse_to_one_dimension():
 
 def test_a_tensor_of_too_many_dimensions_is_refused_by_name():
     param = torch.zeros(2, 2, 2, 2, 2, 2, 2).permute(6, 5, 4, 3, 2, 1, 0)
-    batch = Batch([param], [Shard.whole(param.shape)], torch.zeros(1, len(Integer)), torch.zeros(1, len(Real)))
+    batch = Batch([param], [Shard.whole(param.shape)], torch.zeros(1, len(Integer)), torch.zeros(1, Real.columns()))
     with pytest.raises(ValueError, match="must collapse to at most 6 dimensions for compiled backends, got 7"):
         layout_row(batch, 0)

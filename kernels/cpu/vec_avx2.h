@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "draw.h"
 #include "dtypes.h"
 
 namespace graddrop {
@@ -10,26 +11,23 @@ namespace {
 
 struct Floats8 {
   static constexpr int WIDTH = 8;
+  using Real = float;
   using Floats = __m256;
   using Kept = __m256;  // all ones where kept
 
   static Floats set(float x) { return _mm256_set1_ps(x); }
-  static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-  static Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
-  static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-  static Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
   static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
   static Floats sqrt(Floats a) { return _mm256_sqrt_ps(a); }
+  static Floats sign(Floats a) {
+    const Floats signed_one = _mm256_or_ps(_mm256_and_ps(a, _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1.0f));
+    return _mm256_and_ps(signed_one, _mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_NEQ_OQ));
+  }
 
-  struct Decisions {
-    const uint32_t* words;
-    void read(const uint32_t from[4]) { words = from; }
-    Kept at(int i) const {
-      const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-      const __m256i bits = _mm256_set1_epi32(static_cast<int>(words[i / 32] >> (i % 32)));
-      return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(bits, lanes), lanes));
-    }
-  };
+  static Kept kept(const WordDecisions& decisions, int i) {
+    const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i bits = _mm256_set1_epi32(static_cast<int>(decisions.word[i / 32] >> (i % 32)));
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(bits, lanes), lanes));
+  }
   static Floats keep(Kept kept, Floats a) { return _mm256_and_ps(kept, a); }
   static Floats select(Kept kept, Floats a, Floats b) { return _mm256_blendv_ps(b, a, kept); }
 
@@ -71,13 +69,14 @@ struct Philox8 {
   static Vector high_half(Vector product) { return _mm256_srli_epi64(product, 32); }
   static Vector exclusive_or(Vector a, Vector b) { return _mm256_xor_si256(a, b); }
   static Vector exclusive_or(Vector a, Vector b, Vector c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
-  // bit l: word of counter l lies within [lo, lo + span] modulo 2**32
-  static uint32_t decide(Vector even, Vector odd, uint32_t lo, uint32_t span) {
-    const __m256i words = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-    // AVX2 compares signed numbers: both sides are moved by 2**31
-    const __m256i moved = _mm256_add_epi32(words, _mm256_set1_epi32(static_cast<int>(0x80000000u - lo)));
-    const __m256i outside = _mm256_cmpgt_epi32(moved, _mm256_set1_epi32(static_cast<int>(span ^ 0x80000000u)));
-    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(outside))) ^ 0xffu;
+  // Bits 2 l and 2 l + 1: whether the low and the high half of counter l's word lie in the window.
+  static uint32_t decide(Vector even, Vector odd, uint16_t lo, uint16_t span) {
+    const __m256i halves = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+    // AVX2 compares signed numbers: both sides are moved by 2**15
+    const __m256i moved = _mm256_add_epi16(halves, _mm256_set1_epi16(static_cast<int16_t>(0x8000u - lo)));
+    const __m256i outside = _mm256_cmpgt_epi16(moved, _mm256_set1_epi16(static_cast<int16_t>(span ^ 0x8000u)));
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(outside), _mm256_extracti128_si256(outside, 1));
+    return static_cast<uint32_t>(_mm_movemask_epi8(bytes)) ^ 0xffffu;
   }
 };
 

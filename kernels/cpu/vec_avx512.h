@@ -18,13 +18,17 @@ namespace {
 struct MaskedFloats8 : Floats8 {
   using Kept = __mmask8;
 
-  struct Decisions {
-    const uint32_t* words;
-    void read(const uint32_t from[4]) { words = from; }
-    Kept at(int i) const { return static_cast<Kept>(words[i / 32] >> (i % 32)); }
-  };
-  static Floats keep(Kept kept, Floats a) { return _mm256_maskz_mov_ps(kept, a); }
-  static Floats select(Kept kept, Floats a, Floats b) { return _mm256_mask_blend_ps(kept, b, a); }
+  static Kept kept(const WordDecisions& decisions, int i) { return static_cast<Kept>(decisions.word[i / 32] >> (i % 32)); }
+  // Compilers would fold a select into the load of what is selected. The hardware's prefetcher does not follow masked
+  // loads, so that a step from memory would take nearly twice as long: what is selected must be in a register.
+  static Floats keep(Kept kept, Floats a) {
+    asm("" : "+v"(a));
+    return _mm256_maskz_mov_ps(kept, a);
+  }
+  static Floats select(Kept kept, Floats a, Floats b) {
+    asm("" : "+v"(a), "+v"(b));
+    return _mm256_mask_blend_ps(kept, b, a);
+  }
 
   using Floats8::store;
   static void store(bfloat16* x, Floats a) {
@@ -54,11 +58,11 @@ struct Philox16 {
   static Vector high_half(Vector product) { return _mm512_srli_epi64(product, 32); }
   static Vector exclusive_or(Vector a, Vector b) { return _mm512_xor_si512(a, b); }
   static Vector exclusive_or(Vector a, Vector b, Vector c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
-  // bit l: word of counter l lies within [lo, lo + span] modulo 2**32
-  static uint32_t decide(Vector even, Vector odd, uint32_t lo, uint32_t span) {
-    const __m512i words = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
-    const __m512i moved = _mm512_sub_epi32(words, _mm512_set1_epi32(static_cast<int>(lo)));
-    return _mm512_cmple_epu32_mask(moved, _mm512_set1_epi32(static_cast<int>(span)));
+  // Bits 2 l and 2 l + 1: whether the low and the high half of counter l's word lie in the window.
+  static uint32_t decide(Vector even, Vector odd, uint16_t lo, uint16_t span) {
+    const __m512i halves = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+    const __m512i moved = _mm512_sub_epi16(halves, _mm512_set1_epi16(static_cast<int16_t>(lo)));
+    return _mm512_cmple_epu16_mask(moved, _mm512_set1_epi16(static_cast<int16_t>(span)));
   }
 };
 

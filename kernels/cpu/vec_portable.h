@@ -3,8 +3,8 @@
 
 #include <cmath>
 
+#include "draw.h"
 #include "dtypes.h"
-#include "philox.h"
 
 namespace graddrop {
 namespace {
@@ -19,29 +19,37 @@ constexpr Bits each_bit() {
 }
 constexpr Bits BITS = each_bit();
 
+// A tile's decisions, one word for each element: many processors cannot shift lanes by different distances.
+struct LaneDecisions {
+  uint32_t kept[TILE];  // all ones where kept
+
+  void read(const uint32_t from[4]) {
+    for (int j = 0; j < 4; ++j) {
+      for (int l = 0; l < 32; ++l) kept[32 * j + l] = from[j] & BITS.bit[l] ? ~0u : 0u;
+    }
+  }
+  void write(uint32_t to[4]) const {
+    for (int j = 0; j < 4; ++j) {
+      to[j] = 0;
+      for (int l = 0; l < 32; ++l) to[j] |= kept[32 * j + l] & BITS.bit[l];
+    }
+  }
+  bool bit(int i) const { return kept[i] != 0; }
+};
+
 // One lane: a loop over elements is left to the compiler.
 struct Float1 {
   static constexpr int WIDTH = 1;
+  using Real = float;
   using Floats = float;
-  using Kept = uint32_t;  // all ones where kept
+  using Kept = uint32_t;
 
-  struct Decisions {  // spread over words, as many processors cannot shift lanes by different distances
-    uint32_t kept[TILE];
-    void read(const uint32_t words[4]) {
-      for (int j = 0; j < 4; ++j) {
-        for (int l = 0; l < 32; ++l) kept[32 * j + l] = words[j] & BITS.bit[l] ? ~0u : 0u;
-      }
-    }
-    Kept at(int i) const { return kept[i]; }
-  };
+  static Kept kept(const LaneDecisions& decisions, int i) { return decisions.kept[i]; }
 
   static float set(float x) { return x; }
-  static float add(float a, float b) { return a + b; }
-  static float sub(float a, float b) { return a - b; }
-  static float mul(float a, float b) { return a * b; }
-  static float div(float a, float b) { return a / b; }
   static float max(float a, float b) { return a > b ? a : b; }  // b where either is NaN
   static float sqrt(float a) { return std::sqrt(a); }
+  static float sign(float a) { return static_cast<float>(a > 0) - static_cast<float>(a < 0); }
 
   static float keep(Kept kept, float a) { return float_of(bits_of(a) & kept); }
   static float select(Kept kept, float a, float b) { return float_of((bits_of(a) & kept) | (bits_of(b) & ~kept)); }
@@ -56,29 +64,28 @@ struct Float1 {
   }
 };
 
-// A tile's 32 counters at once, in one piece.
+// A tile's counters at once, in one part.
 class LoopDraw {
  public:
-  static constexpr int COUNTERS = 32;
-  static constexpr int PIECES = 1;
+  using Decisions = LaneDecisions;
+  static constexpr int COUNTERS = COUNTERS_PER_TILE;
+  static constexpr int PARTS = 1;
 
-  LoopDraw(const Stream& s, uint64_t tile, uint32_t words[4]) : s_(s), tile_(tile), words_(words) {}
+  LoopDraw(const MaskStream& s, uint64_t tile, Decisions& decisions) : s_(s), tile_(tile), decisions_(decisions) {}
 
-  template <int PIECE>
-  void piece(int) {
-    uint32_t x[4][32];
-    outputs_of_tile(s_, tile_, Purpose::ELEMENT, x);
+  template <int PART>
+  void part(int) {
+    uint32_t x[4][COUNTERS];
+    consecutive_outputs<COUNTERS>(s_, tile_ * COUNTERS, Purpose::ELEMENT, x);
     for (int word = 0; word < 4; ++word) {
-      uint32_t bits = 0;
-      for (int l = 0; l < 32; ++l) bits |= decide(s_, x[word][l]) ? BITS.bit[l] : 0u;
-      words_[word] = bits;
+      for (int i = 0; i < 32; ++i) decisions_.kept[32 * word + i] = decide(s_, half(x[word][i / 2], i)) ? ~0u : 0u;
     }
   }
 
  private:
-  const Stream& s_;
+  const MaskStream& s_;
   uint64_t tile_;
-  uint32_t* words_;
+  Decisions& decisions_;
 };
 
 }  // namespace

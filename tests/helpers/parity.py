@@ -1,11 +1,11 @@
 """Parity: what every backend must agree on with the reference, as declarations and checks.
 
 A :class:`Case` declares one call (a batch of tensors); ``CASES`` is the list that every backend runs and ``cases()``
-is a hypothesis strategy over the same fields. ``check_adamw``, ``check_mask_grads``, ``check_pack`` and
-``check_known_answers`` take a backend: any object with the three functions of kernels/README.md.
+is a hypothesis strategy over the same fields. ``check_update``, ``check_mask``, ``check_pack`` and
+``check_known_answers`` take a backend: any object with the functions of kernels/README.md.
 
 Masks are compared bit for bit. Arithmetic is compared with the reference run in float64, within the rounding error
-that float32 arithmetic may make in any order, with or without fused multiply-add (see ``_adamw_bounds``).
+that float32 arithmetic may make in any order, with or without fused multiply-add (see ``_bounds``).
 """
 
 import json
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from graddrop_fused import mask_stream, reference
 from graddrop_fused.contract import Batch, Effect, Integer, Mask, Real, Shard
+from graddrop_fused.names import ID_BITS
+from graddrop_fused.rules import SGD, AdamW, Lion, MaskOnly, Rule
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 KNOWN_ANSWERS = json.loads(Path(__file__).with_name("known_answers.json").read_text())
@@ -41,7 +43,7 @@ class Spec:
     noise_std: float = 0.5  # Mask.GAUSSIAN
     block: int = 1
     draw: int = 1
-    stream: int = 0
+    stream_id: int = 0
     shard: Shard | None = None  # None: the tensor is a whole parameter
     order: tuple[int, ...] | None = None  # dimensions of the parameter in memory, outermost first; None: row-major
     offset: int = 0  # of the parameter and its state in their storages, in elements
@@ -49,15 +51,17 @@ class Spec:
     grad_order: tuple[int, ...] | None = None
     grad_offset: int = 0
     grad_gap: int = 0
-    grad_expanded: bool = False  # all of the first dimension is one memory (adamw only reads it)
+    grad_expanded: bool = False  # all of the first dimension is one memory (an update only reads it)
     grad: str = "normal"  # "none"; "dropped": NaN and infinities where dropped; "wild": anywhere
-    amsgrad: bool = False
     maximize: bool = False
     step: int = 10  # 1: the state is zero
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
+    momentum: float = 0.9
+    dampening: float = 0.1
+    nesterov: bool = False
 
     def lo_span(self) -> tuple[int, int]:
         return mask_stream.bernoulli_window(self.p) if self.window is None else self.window
@@ -66,24 +70,19 @@ class Spec:
         row = dict.fromkeys(Integer, 0)
         row[Integer.LO], row[Integer.SPAN] = self.lo_span()
         row |= {Integer.MASK: self.mask, Integer.EFFECT: self.effect, Integer.BLOCK: self.block}
-        row |= {Integer.DRAW: self.draw, Integer.STREAM: self.stream}
+        row |= {Integer.DRAW: self.draw, Integer.STREAM_ID: self.stream_id}
         return [int(row[column]) for column in Integer]
 
-    def reals(self) -> list[float]:
-        beta1, beta2 = self.betas
+    def reals(self, rule: Rule) -> list[float]:
         drawn = self.mask in (Mask.ELEMENT, Mask.BLOCK, Mask.LAYER, Mask.PACKED)
-        row = {
-            Real.SIGN: -1.0 if self.maximize else 1.0,
-            Real.RESCALE: self.rescale or (mask_stream.rescale(self.lo_span()[1]) if drawn else 1.0),
-            Real.NOISE_STD: self.noise_std if self.mask == Mask.GAUSSIAN else 0.0,
-            Real.DECAY: 1.0 - self.lr * self.weight_decay,
-            Real.STEP_SIZE: self.lr / (1.0 - beta1**self.step),
-            Real.BETA1: beta1,
-            Real.BETA2: beta2,
-            Real.EPS: self.eps,
-            Real.BIAS_CORRECTION2_SQRT: math.sqrt(1.0 - beta2**self.step),
-        }
-        return [float(row[column]) for column in Real]
+        rescale = self.rescale or (mask_stream.rescale(self.lo_span()[1]) if drawn else 1.0)
+        update = self.effect == Effect.UPDATE
+        row = [0.0] * Real.columns()
+        row[Real.GRAD_FACTOR] = (-1.0 if self.maximize else 1.0) * (1.0 if update else rescale)
+        row[Real.NOISE_STD] = self.noise_std if self.mask == Mask.GAUSSIAN else 0.0
+        factors = rule.factors(self.lr, rule.numbers(vars(self)), rescale if update else 1.0, self.step)
+        row[Real.FACTOR : Real.FACTOR + len(factors)] = factors
+        return [float(x) for x in row]
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,7 @@ class Case:
     param: torch.dtype = F32
     grad: torch.dtype = F32
     state: torch.dtype = F32
+    rule: Rule = AdamW()
     seed: int = 0x0123456789ABCDEF
     grad_scale: float | None = None
     found_inf: bool | None = None
@@ -130,6 +130,14 @@ class Case:
 
 
 AWKWARD = (0, 1, 31, 32, 33, 127, 128, 129, 1000)
+RULES = {
+    "adamw": AdamW(),
+    "amsgrad": AdamW(amsgrad=True),
+    "sgd": SGD(),
+    "momentum": SGD(momentum=True),
+    "nesterov": SGD(momentum=True),
+    "lion": Lion(),
+}
 DTYPES = [(p, g, s) for p in (F32, BF16, F16) for g in (F32, BF16, F16) for s in (F32, BF16)] + [(F64, F64, F64)]
 _NAMES = {F64: "f64", F32: "f32", BF16: "bf16", F16: "f16"}
 
@@ -140,21 +148,21 @@ def _all_kinds(**fields) -> tuple[Spec, ...]:
         Spec((17, 23), Mask.KEEP, **fields),
         Spec((129,), Mask.DROP, **fields),
         Spec((1000,), Mask.ELEMENT, p=0.3, **fields),
-        Spec((2500,), Mask.BLOCK, block=256, stream=3, **fields),
-        Spec((33, 5), Mask.LAYER, draw=1, stream=1, **fields),
-        Spec((33, 5), Mask.LAYER, draw=1, stream=2, **fields),
+        Spec((2500,), Mask.BLOCK, block=256, stream_id=3, **fields),
+        Spec((33, 5), Mask.LAYER, draw=1, stream_id=1, **fields),
+        Spec((33, 5), Mask.LAYER, draw=1, stream_id=2, **fields),
         Spec((17, 23), Mask.PACKED, **fields),
-        Spec((777,), Mask.ELEMENT, window=(0xF0000000, 0x30000000), **fields),
+        Spec((777,), Mask.ELEMENT, window=(0xF000, 0x3000), **fields),
     )
 
 
 def _declared() -> list[Case]:
-    gaussian = tuple(Spec((n,), Mask.GAUSSIAN, stream=n, shard=Shard((n,), (1,), n)) for n in AWKWARD)
-    sizes = [Case(f"size-{n}", (Spec((n,), p=0.3, stream=n),)) for n in (*AWKWARD, 4999)]
+    gaussian = tuple(Spec((n,), Mask.GAUSSIAN, stream_id=n, shard=Shard((n,), (1,), n)) for n in AWKWARD)
+    sizes = [Case(f"size-{n}", (Spec((n,), p=0.3, stream_id=n),)) for n in (*AWKWARD, 4999)]
     kinds = [
-        Case(f"kinds-{effect.name.lower()}{'-amsgrad' * amsgrad}", _all_kinds(effect=effect, amsgrad=amsgrad))
+        Case(f"kinds-{effect.name.lower()}-{name}", _all_kinds(effect=effect, nesterov=name == "nesterov"), rule=rule)
         for effect in Effect
-        for amsgrad in (False, True)
+        for name, rule in RULES.items()
     ]
     dtypes = [
         Case(
@@ -206,13 +214,28 @@ def _declared() -> list[Case]:
             ),
         ),
         Case(
+            "blocks-of-any-length",
+            tuple(
+                Spec((3000,), Mask.BLOCK, block=b, effect=k % 3, shard=Shard((3000,), (1,), 500 * k), stream_id=b)
+                for k, b in enumerate((1, 5, 23, 127, 129, 200, 640, 2999, 3000, 2**20 + 3))
+            )
+            + (
+                Spec((17, 23), Mask.BLOCK, block=23, effect=Effect.FREEZE, order=(1, 0)),
+                Spec((4, 23), Mask.BLOCK, block=23, shard=Shard.box((4, 23), (17, 23), (7, 0)), effect=Effect.FREEZE),
+                Spec((17, 9), Mask.BLOCK, block=23, shard=Shard.box((17, 9), (17, 23), (0, 11)), effect=Effect.FREEZE),
+            ),
+        ),
+        Case(
             "beyond-32-bits",
             (
                 Spec((1000,), shard=Shard((1000,), (1,), 2**32 - 500)),
-                Spec((1000,), shard=Shard((1000,), (1,), 2**34 - 500)),  # counter word 1 turns nonzero
-                Spec((1000,), shard=Shard((1000,), (1,), 2**57 + 17), stream=0xFFFFFFFF, draw=0xFFFFFFFE),
-                Spec((7, 40), shard=Shard.box((7, 40), (1 << 20, 1 << 20), (1 << 19, 999))),
-                Spec((130,), Mask.GAUSSIAN, shard=Shard((130,), (1,), 2**35 + 33)),
+                Spec((1000,), shard=Shard((1000,), (1,), 2**34 - 500)),
+                Spec((1000,), shard=Shard((1000,), (1,), 2**35 - 500)),
+                Spec((1000,), shard=Shard((1000,), (1,), 2**43 - 1000), stream_id=2**52 - 1, draw=0xFFFFFFFE),
+                Spec((7, 40), shard=Shard.box((7, 40), (1 << 20, 1 << 20), (1 << 19, 999)), stream_id=2**32),
+                Spec((130,), Mask.GAUSSIAN, shard=Shard((130,), (1,), 2**35 + 33), stream_id=2**51 + 7),
+                Spec((700,), Mask.BLOCK, block=128, shard=Shard((700,), (1,), 2**42 + 64), stream_id=2**40),
+                Spec((40,), Mask.LAYER, stream_id=2**50 + 3),
             ),
         ),
     ]
@@ -220,15 +243,18 @@ def _declared() -> list[Case]:
         Case("grad-none", tuple(replace(s, grad="none") for e in Effect for s in _all_kinds(effect=e))),
         Case("grad-none-blocks", tuple(Spec((900,), Mask.BLOCK, block=128, effect=e, grad="none") for e in Effect)),
         Case("nan-dropped", tuple(replace(s, grad="dropped") for e in Effect for s in _all_kinds(effect=e))),
-        Case("nan-kept", tuple(replace(s, grad="wild", amsgrad=a) for s in _all_kinds() for a in (False, True))),
+        *(
+            Case(f"nan-kept-{name}", tuple(replace(s, grad="wild") for s in _all_kinds()), rule=rule)
+            for name, rule in RULES.items()
+        ),
         Case("maximize", _all_kinds(maximize=True) + _all_kinds(maximize=True, effect=Effect.UPDATE)),
         Case("amp-scale", _all_kinds(), grad_scale=1536.0, found_inf=False),
         Case("amp-scale-f16", _all_kinds(maximize=True), F32, F16, F32, grad_scale=128.0),
         Case("amp-found-inf", tuple(replace(s, grad="wild") for s in _all_kinds()), grad_scale=64.0, found_inf=True),
     ]
     mixed = (
-        *(Spec((n,), stream=n, effect=n % 3, amsgrad=n % 2 == 0, maximize=n % 4 == 0) for n in AWKWARD),
-        *_all_kinds(amsgrad=True),
+        *(Spec((n,), stream_id=n, effect=n % 3, maximize=n % 4 == 0, nesterov=n % 2 == 0) for n in AWKWARD),
+        *_all_kinds(),
         Spec((17, 23), order=(1, 0), effect=Effect.FREEZE, lr=1e-2, weight_decay=0.0),
         Spec((100, 9), shard=Shard.box((100, 9), (100, 33), (0, 5)), betas=(0.5, 0.9), eps=1e-4),
         Spec((4999,), Mask.BLOCK, block=128, effect=Effect.FREEZE, step=100_000),
@@ -238,16 +264,16 @@ def _declared() -> list[Case]:
         Case("no-tensors", ()),
         Case("gaussian", gaussian),
         Case("gaussian-update", (Spec((515,), Mask.GAUSSIAN, effect=Effect.UPDATE), Spec((300,), Mask.GAUSSIAN))),
-        Case("first-step", _all_kinds(step=1)),
+        *(Case(f"first-step-{name}", _all_kinds(step=1), rule=rule) for name, rule in RULES.items()),
         Case("first-step-bf16", _all_kinds(step=1), BF16, BF16, BF16),
-        Case("mixed-batch", mixed, steps=3),
-        Case("many-small", tuple(Spec((k % 41,), stream=k, p=k / 200, effect=k % 3) for k in range(150))),
-        Case("large", (Spec((70_001,), p=0.1), Spec((257, 300), p=0.9, stream=9, order=(1, 0)))),
+        *(Case(f"mixed-batch-{name}", mixed, rule=rule, steps=3) for name, rule in RULES.items()),
+        Case("many-small", tuple(Spec((k % 41,), stream_id=k, p=k / 200, effect=k % 3) for k in range(150))),
+        Case("large", (Spec((70_001,), p=0.1), Spec((257, 300), p=0.9, stream_id=9, order=(1, 0)))),
         Case("seed-zero", (Spec((300,)),), seed=0),
         Case("seed-largest", (Spec((300,)),), seed=2**64 - 1),
         Case("p-extremes", tuple(Spec((500,), p=p, effect=e) for p in (0.0, 1e-9, 0.999) for e in Effect)),
-        Case("span-extremes", tuple(Spec((500,), window=w) for w in ((0, 0), (0xFFFFFFFF, 0), (1, 0xFFFFFFFF)))),
-        Case("window-wraps", (Spec((1000,), window=(0xC0000000, 0x7FFFFFFF)),)),
+        Case("span-extremes", tuple(Spec((500,), window=w) for w in ((0, 0), (0xFFFF, 0), (1, 0xFFFF)))),
+        Case("window-wraps", (Spec((1000,), window=(0xC000, 0x7FFF)),)),
         Case("betas-zero", (Spec((300,), betas=(0.0, 0.0)), Spec((300,), betas=(0.0, 0.99), effect=Effect.UPDATE))),
         Case("update-overflows", (Spec((300,), effect=Effect.UPDATE, rescale=1e9, lr=0.1),), F16, F32, F32, steps=2),
         Case(
@@ -258,11 +284,11 @@ def _declared() -> list[Case]:
 
 
 def _edges() -> list[Case]:
-    """Windows that end exactly on, one before and one after a drawn word: `<` for `<=`, or a float, shows."""
-    at = {"seed": Case.seed, "draw": 1, "stream": 0}
-    element = mask_stream.element_words(torch.arange(1000), **at).sort().values[[100, 700]].tolist()
-    block = mask_stream.block_words(torch.arange(0, 2000, 128), 128, **at).sort().values[[3, 11]].tolist()
-    layer = [mask_stream.layer_word(**at)] * 2
+    """Windows that end exactly on, one before and one after a drawn number: `<` for `<=`, or a float, shows."""
+    at = {"seed": Case.seed, "draw": 1, "stream_id": 0}
+    element = mask_stream.element_random(torch.arange(1000), **at).sort().values[[100, 700]].tolist()
+    block = mask_stream.block_random(torch.arange(0, 2000, 128), 128, **at).sort().values[[3, 11]].tolist()
+    layer = [mask_stream.layer_random(**at)] * 2
     windows = {
         mask: [(first + a, last - first - a + b) for a in (0, 1, -1) for b in (0, 1, -1) if last - first - a + b >= 0]
         for mask, (first, last) in ((Mask.ELEMENT, element), (Mask.BLOCK, block), (Mask.LAYER, layer))
@@ -294,9 +320,9 @@ def specs(draw, masks=tuple(Mask)) -> Spec:
     start = draw(st.tuples(*[st.integers(0, 70)] * ndim))
     after = draw(st.tuples(*[st.integers(0, 70)] * ndim))
     whole = tuple(a + n + b for a, n, b in zip(start, shape, after, strict=True))
-    flat = Shard(shape, Shard.whole(shape).strides, draw(st.integers(0, 300) | st.integers(0, 2**57)))
+    flat = Shard(shape, Shard.whole(shape).strides, draw(st.integers(0, 300) | st.integers(0, 2**41)))
     order = st.none() | st.permutations(range(ndim)).map(tuple)
-    lo, span = st.integers(0, mask_stream.WORD), st.integers(0, mask_stream.WORD)
+    lo, span = st.integers(0, mask_stream.HALF), st.integers(0, mask_stream.HALF)
     return Spec(
         shape,
         mask,
@@ -305,9 +331,9 @@ def specs(draw, masks=tuple(Mask)) -> Spec:
         window=draw(st.none() | st.none() | st.tuples(lo, span)),
         rescale=draw(st.none() | st.sampled_from([1.0, 2.0])),
         noise_std=draw(st.floats(0.0, 3.0)),
-        block=128 * draw(st.integers(1, 9)) if mask == Mask.BLOCK else 1,
+        block=draw(st.integers(1, 9).map(lambda k: 128 * k) | st.integers(1, 2000)) if mask == Mask.BLOCK else 1,
         draw=draw(st.integers(0, 20) | st.integers(0, mask_stream.WORD)),
-        stream=draw(st.integers(0, 20) | st.integers(0, mask_stream.WORD)),
+        stream_id=draw(st.integers(0, 20) | st.integers(0, 2**ID_BITS - 1)),
         shard=draw(st.sampled_from([None, flat, Shard.box(shape, whole, start)])),
         order=draw(order),
         offset=draw(st.integers(0, 9)),
@@ -317,13 +343,15 @@ def specs(draw, masks=tuple(Mask)) -> Spec:
         grad_gap=draw(st.sampled_from([0, 0, 0, 1, 5])),
         grad_expanded=draw(st.sampled_from([False] * 9 + [True])),
         grad=draw(st.sampled_from(["normal", "normal", "normal", "none", "dropped", "wild"])),
-        amsgrad=draw(st.booleans()),
         maximize=draw(st.booleans()),
         step=draw(st.integers(1, 100_000)),
         lr=draw(st.floats(0.0, 0.1)),
         betas=(draw(st.just(0.0) | st.floats(0.01, 0.99)), draw(st.just(0.0) | st.floats(0.01, 0.9999))),
         eps=draw(st.floats(1e-9, 1e-2)),
         weight_decay=draw(st.floats(0.0, 0.5)),
+        momentum=draw(st.floats(0.01, 0.99)),
+        dampening=draw(st.just(0.0) | st.floats(0.0, 0.9)),
+        nesterov=draw(st.booleans()),
     )
 
 
@@ -335,6 +363,7 @@ def cases(draw, dtypes=tuple(DTYPES), masks=tuple(Mask), max_tensors: int = 5) -
         "fuzzed",
         tuple(draw(st.lists(specs(masks), min_size=1, max_size=max_tensors))),
         *draw(st.sampled_from(dtypes)),
+        rule=draw(st.sampled_from(list(RULES.values()))),
         seed=draw(st.integers(0, 2**64 - 1)),
         grad_scale=scale,
         found_inf=None if scale is None else draw(st.sampled_from([False, False, False, True])),
@@ -364,28 +393,44 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
     return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "packed")
+def lists_of(batch: Batch) -> dict[str, list[Tensor | None]]:
+    """The batch's lists of tensors, the states' called "state 0" and so on."""
+    states = {f"state {k}": tensors for k, tensors in enumerate(batch.states)}
+    return {"params": batch.params, "grads": batch.grads, **states, "packed": batch.packed}
+
+
+def _mapped(batch: Batch, function) -> Batch:
+    """The batch with ``function`` of every tensor, copies of its tables and an empty cache."""
+
+    def each(tensors):
+        return [None if t is None else function(t) for t in tensors]
+
+    params = each(batch.params)
+    return Batch(
+        params=params,
+        shards=batch.shards,
+        integers=batch.integers.clone(),
+        reals=batch.reals.clone(),
+        grads=params if batch.grads is batch.params else each(batch.grads),
+        states=[each(tensors) for tensors in batch.states],
+        packed=each(batch.packed),
+    )
 
 
 def clone(batch: Batch) -> Batch:
-    """An equal batch: strides, storage offsets and the storage around the tensors included; an empty cache."""
-    lists = {name: [_clone(t) for t in getattr(batch, name)] for name in _LISTS}
-    return Batch(shards=batch.shards, integers=batch.integers.clone(), reals=batch.reals.clone(), **lists)
+    """An equal batch: strides, storage offsets and the storage around the tensors included."""
+    return _mapped(batch, _clone)
 
 
 def in_float64(batch: Batch) -> Batch:
     """The batch with every floating tensor in float64."""
-    lists = {
-        name: [None if t is None else t.to(F64 if t.is_floating_point() else t.dtype, copy=True) for t in tensors]
-        for name, tensors in ((name, getattr(batch, name)) for name in _LISTS)
-    }
-    return Batch(shards=batch.shards, integers=batch.integers, reals=batch.reals, **lists)
+    return _mapped(batch, lambda t: t.to(F64 if t.is_floating_point() else t.dtype, copy=True))
 
 
 def _tables(case: Case) -> tuple[Tensor, Tensor]:
     integers = torch.tensor([s.integers() for s in case.specs], dtype=torch.int64)
-    reals = torch.tensor([s.reals() for s in case.specs], dtype=F64)
-    return integers.reshape(-1, len(Integer)), reals.reshape(-1, len(Real))
+    reals = torch.tensor([s.reals(case.rule) for s in case.specs], dtype=F64)
+    return integers.reshape(-1, len(Integer)), reals.reshape(-1, Real.columns())
 
 
 def build(case: Case, device="cpu", capturable: bool = False) -> Batch:
@@ -395,22 +440,20 @@ def build(case: Case, device="cpu", capturable: bool = False) -> Batch:
     def uniform(spec):
         return torch.rand(spec.shape, generator=generator, dtype=F64)
 
-    lists: dict[str, list] = {name: [] for name in _LISTS}
+    params, packed = [], []
+    states: list[list[Tensor]] = [[] for _ in case.rule.states]
     for spec in case.specs:
-        place = (case.state, spec.order, spec.offset, spec.gap)
+        place = (spec.order, spec.offset, spec.gap)
         started = spec.step > 1
-        v = uniform(spec) ** 2 * started
-        bits = uniform(spec) >= spec.p
-        lists["params"].append(_place((uniform(spec) * 4 - 2).to(device), case.param, *place[1:]))
-        lists["exp_avgs"].append(_place(((uniform(spec) * 2 - 1) * started).to(device), *place))
-        lists["exp_avg_sqs"].append(_place(v.to(device), *place))
-        vmax = (v * uniform(spec) * 2).to(device)
-        lists["max_exp_avg_sqs"].append(_place(vmax, *place) if spec.amsgrad else None)
-        words = mask_stream.pack_mask(bits).to(device) if spec.mask == Mask.PACKED else None
-        lists["packed"].append(None if words is None else _place(words, torch.int32))
+        params.append(_place((uniform(spec) * 4 - 2).to(device), case.param, *place))
+        for k, tensors in enumerate(states):  # signed first, then two that are sums of squares
+            values = uniform(spec) * 2 - 1 if k == 0 else uniform(spec) ** 2 * k
+            tensors.append(_place((values * started).to(device), case.state, *place))
+        words = mask_stream.pack_mask(uniform(spec) >= spec.p).to(device) if spec.mask == Mask.PACKED else None
+        packed.append(None if words is None else _place(words, torch.int32))
     shards = [spec.shard or Shard.whole(spec.shape) for spec in case.specs]
     integers, reals = (table.to(device if capturable else "cpu") for table in _tables(case))
-    batch = Batch(shards=shards, integers=integers, reals=reals, **lists)
+    batch = Batch(params, shards, integers, reals, states=states, packed=packed)
     if capturable:
         batch.pairs = frozenset((s.mask, s.effect) for k in range(case.steps) for s in case.at_step(k).specs)
     batch.grads = _gradients(case, batch)
@@ -480,8 +523,9 @@ def _assert_close(case: Case, i: int, what: str, actual: Tensor, truth: Tensor, 
 
 def _assert_surroundings(case: Case, batch: Batch, before: Batch) -> None:
     """Nothing outside the tensors is written, and nothing that a backend only reads."""
-    for name in _LISTS:
-        for i, (now, then) in enumerate(zip(getattr(batch, name), getattr(before, name), strict=True)):
+    before_lists = lists_of(before)
+    for name, tensors in lists_of(batch).items():
+        for i, (now, then) in enumerate(zip(tensors, before_lists[name], strict=True)):
             if now is None:
                 continue
             storages = [torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage()) for t in (now, then)]
@@ -501,64 +545,82 @@ def _noise_bound(case: Case, batch: Batch, i: int) -> Tensor | float:
     if batch.integers[i, Integer.MASK] != Mask.GAUSSIAN:
         return 0.0
     shard = batch.shards[i]
-    index, word = mask_stream.element_counter(shard.elements(0, shard.numel, batch.params[i].device))
-    draw, stream = int(batch.integers[i, Integer.DRAW]), int(batch.integers[i, Integer.STREAM])
-    words = mask_stream.outputs(index, seed=case.seed, draw=draw, stream=stream, purpose=mask_stream.Purpose.GAUSSIAN)
+    index, word = mask_stream.gaussian_counter(shard.elements(0, shard.numel, batch.params[i].device))
+    draw, stream_id = int(batch.integers[i, Integer.DRAW]), int(batch.integers[i, Integer.STREAM_ID])
+    gaussian = mask_stream.Purpose.GAUSSIAN
+    words = mask_stream.outputs(index, seed=case.seed, draw=draw, stream_id=stream_id, purpose=gaussian)
     u = (torch.where(word < 2, words[0], words[2]).double() + 0.5) / 2**32
     normal = torch.where(1 - u >= 1e-5, 1e-5, 5e-4)
     return (float(batch.reals[i, Real.NOISE_STD]) * normal).reshape(shard.shape)
 
 
-def _adamw_bounds(case: Case, before: Batch, truth: Batch, i: int) -> dict[str, Tensor]:
+def _bounds(case: Case, before: Batch, truth: Batch, i: int) -> dict[str, Tensor]:
     """How far float32 (or float64) arithmetic may be off, per element; ``before`` and ``truth`` are in float64.
 
-    Each rounding of a value x costs u * |x|, u = 2**-24 (2**-53). The counts are those of the formulas in
-    reference.py with a rounded constant for each factor, and allow for every order and for fused multiply-add:
-    - g: unscale, sign, rescale, noise: 4 roundings (a float32 reciprocal of the AMP scale would be one of them)
-    - m: relative to the sizes added, |m| + (1 - beta1) * (|g| + |m|), since the terms may cancel: 4
-    - v: nothing cancels: 4, and twice g's relative error
-    - denominator and quotient: 8, where 4 are for the square root and division of a GPU (2 units in the last place)
-    - p * decay and the difference: 3
-    Effect.UPDATE multiplies the step and 1 - decay by rescale.
+    Each rounding of a value x costs u * |x|, u = 2**-24 (2**-53). The counts are those of the formulas in rules.py with
+    a rounded constant for each factor, and allow for every order and for fused multiply-add. The gradient takes 4:
+    unscale, sign and rescale, noise (a float32 reciprocal of the AMP scale would be one of them).
     """
-    _, rescale, _, decay, step_size, beta1, beta2, eps, bias_correction2_sqrt = before.reals[i].tolist()
     u = 2.0**-53 if case.param == F64 else 2.0**-24
-    m, v, p = before.exp_avgs[i], before.exp_avg_sqs[i], before.params[i]
+    row, p = before.reals[i].tolist(), before.params[i]
     update = before.integers[i, Integer.EFFECT] == Effect.UPDATE
-    scale = 1.0 if update else rescale
-    if update:
-        decay, step_size = 1 - rescale * (1 - decay), rescale * step_size
     g, noise = torch.zeros_like(p), 0.0
     if before.grads[i] is not None:
-        g = torch.where(_kept(case, before, i) | update, before.grads[i], 0.0).abs() * (
-            scale / (case.grad_scale or 1.0)
-        )
+        taken = torch.where(_kept(case, before, i) | update, before.grads[i], 0.0)
+        g = taken.abs() * abs(row[Real.GRAD_FACTOR]) / (case.grad_scale or 1.0)
         noise = 0.0 if update else g * _noise_bound(case, before, i)
         if before.integers[i, Integer.MASK] == Mask.GAUSSIAN and not update:
-            g = g * (1 + 7 * float(before.reals[i, Real.NOISE_STD]))  # no normal of a 32-bit u exceeds 6.7
-    g_error = 4 * u * g + noise
-    m_error = (1 - beta1) * g_error + 4 * u * (m.abs() + (1 - beta1) * (g + m.abs()))
-    new_v = beta2 * v + (1 - beta2) * g * g
-    v_error = (1 - beta2) * (2 * g * g_error + g_error**2) + 4 * u * new_v
+            g = g * (1 + 7 * row[Real.NOISE_STD])  # no normal of a 32-bit u exceeds 6.7
+    factors = dict(zip(case.rule.factor_names, row[Real.FACTOR :], strict=False))
+    old, new = ([tensors[i] for tensors in batch.states] for batch in (before, truth))
+    p_error, state_errors = _BOUNDS[case.rule.name](u, p, g, 4 * u * g + noise, old, new, **factors)
     tiny = torch.finfo(F64 if case.param == F64 else F32).tiny  # a subnormal may be flushed
-    vmax = truth.max_exp_avg_sqs[i]
-    largest_v = truth.exp_avg_sqs[i] if vmax is None else vmax
-    denominator = largest_v.sqrt() / bias_correction2_sqrt + eps
-    step = step_size * truth.exp_avgs[i].abs() / denominator
-    relative = v_error / largest_v.clamp(min=tiny) / 2 + 8 * u
+    bounds = {"params": p_error + u * truth.params[i].abs() + tiny}
+    return bounds | {f"state {k}": error + tiny for k, error in enumerate(state_errors)}
+
+
+def _adamw_bounds(u, p, g, g_error, old, new, decay, step, one_minus_beta1, beta2, one_minus_beta2, eps):
+    """Moments: 4 roundings each of the sizes added (m's terms may cancel, v's do not; v has twice g's relative error).
+    Denominator and quotient: 8, where 4 are for the square root and division of a GPU (2 units in the last place);
+    p * decay and the difference: 3."""
+    m, v, *_ = old
+    m_error = one_minus_beta1 * g_error + 4 * u * (m.abs() + one_minus_beta1 * (g + m.abs()))
+    new_v = beta2 * v + one_minus_beta2 * g * g
+    v_error = one_minus_beta2 * (2 * g * g_error + g_error**2) + 4 * u * new_v
+    largest_v = new[-1]
+    denominator = largest_v.sqrt() + eps
+    quotient = step * new[0].abs() / denominator
+    relative = v_error / largest_v.clamp(min=torch.finfo(F32).tiny) / 2 + 8 * u
     # far from the first order where v is nearly all error: sqrt(v + e) - sqrt(v) <= sqrt(e)
-    p_error = step_size * m_error / denominator * (1 + relative) + step * relative
-    p_error += 3 * u * max(1.0, abs(decay)) * p.abs()
-    return {
-        "exp_avgs": m_error + tiny,
-        "exp_avg_sqs": v_error + tiny,
-        "max_exp_avg_sqs": v_error + tiny,
-        "params": p_error + u * truth.params[i].abs() + tiny,
-    }
+    p_error = step * m_error / denominator * (1 + relative) + quotient * relative
+    return p_error + 3 * u * max(1.0, abs(decay)) * p.abs(), [m_error] + [v_error] * (len(old) - 1)
 
 
-def check_adamw(backend, case: Case, device="cpu", capturable: bool = False) -> None:
-    """``backend.adamw`` against the reference in float64, ``case.steps`` calls on one batch."""
+def _sgd_bounds(u, p, g, g_error, old, new, weight_decay, momentum, taken, grad_step, buffer_step):
+    g_error = g_error + 3 * u * (g + weight_decay * p.abs())
+    g = g + weight_decay * p.abs()
+    size, error, m_errors = grad_step * g, grad_step * g_error, []
+    if old:
+        m = momentum * old[0].abs() + taken * g
+        m_errors = [taken * g_error + 4 * u * m]
+        size, error = size + buffer_step * m, error + buffer_step * m_errors[0]
+    return error + 4 * u * (size + p.abs()), m_errors
+
+
+def _lion_bounds(u, p, g, g_error, old, new, decay, step, one_minus_beta1, one_minus_beta2):
+    """Where the direction may come out on either side of zero, so may the step."""
+    m = old[0]
+    signed_g = (new[0] - m) / one_minus_beta2 + m
+    error1, error2 = (f * g_error + 4 * u * (m.abs() + f * (g + m.abs())) for f in (one_minus_beta1, one_minus_beta2))
+    near = (m + one_minus_beta1 * (signed_g - m)).abs() <= 2 * error1 + 2.0**-40 * (g + m.abs()) / one_minus_beta2
+    return torch.where(near, 2 * step, 0.0) + 4 * u * (step + p.abs() * max(1.0, abs(decay))), [error2]
+
+
+_BOUNDS = {"adamw": _adamw_bounds, "sgd": _sgd_bounds, "lion": _lion_bounds}
+
+
+def check_update(backend, case: Case, device="cpu", capturable: bool = False) -> None:
+    """``backend.update`` against the reference in float64, ``case.steps`` calls on one batch."""
     batch = build(case, device, capturable)
     scalar = {"dtype": F32, "device": device}
     amp = {"grad_scale": None if case.grad_scale is None else torch.tensor(case.grad_scale, **scalar)}
@@ -569,65 +631,63 @@ def check_adamw(backend, case: Case, device="cpu", capturable: bool = False) -> 
             _advance(case_k, batch)
         before = clone(batch)
         truth, before64 = in_float64(before), in_float64(before)
-        reference.adamw(truth, seed=case.seed, **amp)
-        backend.adamw(batch, seed=case.seed, **amp)
-        _compare_adamw(case_k, batch, before, before64, truth)
+        reference.update(truth, case.rule, seed=case.seed, **amp)
+        backend.update(batch, case.rule, seed=case.seed, **amp)
+        _compare_update(case_k, batch, before, before64, truth)
 
 
-def _compare_adamw(case: Case, batch: Batch, before: Batch, before64: Batch, truth: Batch) -> None:
+def _compare_update(case: Case, batch: Batch, before: Batch, before64: Batch, truth: Batch) -> None:
     _assert_surroundings(case, batch, before)
     for name in ("integers", "reals"):
         assert torch.equal(getattr(batch, name), getattr(before, name)), f"{case.name}: {name} were written"
+    now, then, right = lists_of(batch), lists_of(before), lists_of(truth)
     for i in range(len(case.specs)):
         for name in ("grads", "packed"):
-            if getattr(batch, name)[i] is not None:
-                _assert_bits(case, i, f"{name} were written", getattr(batch, name)[i], getattr(before, name)[i])
+            if now[name][i] is not None:
+                _assert_bits(case, i, f"{name} were written", now[name][i], then[name][i])
         effect, kept = Effect(int(batch.integers[i, Integer.EFFECT])), _kept(case, before, i)
-        bounds = _adamw_bounds(case, before64, truth, i)
-        for name, bound in bounds.items():
-            actual, old = getattr(batch, name)[i], getattr(before, name)[i]
-            if actual is None:
-                continue
+        for name, bound in _bounds(case, before64, truth, i).items():
+            actual, old = now[name][i], then[name][i]
             frozen = effect == Effect.FREEZE or (effect == Effect.UPDATE and name == "params")
             if case.found_inf:
                 _assert_bits(case, i, f"{name} changed in a skipped step", actual, old)
-            elif frozen:
+                continue
+            if frozen:
                 _assert_bits(case, i, f"{name}: a dropped element changed", actual, old, ~kept)
                 bound = torch.where(kept, bound, 0.0)
-            if not case.found_inf:
-                _assert_close(case, i, name, actual, getattr(truth, name)[i], bound)
+            _assert_close(case, i, name, actual, right[name][i], bound)
 
 
-def check_mask_grads(backend, case: Case, device="cpu") -> None:
-    """``backend.mask_grads``: masks bit for bit from gradients of ones, then values, NaN in dropped places included."""
-    writable = {"none": "normal"}
-    specs = (replace(s, grad=writable.get(s.grad, s.grad), grad_expanded=False) for s in case.specs)
-    case = replace(case, specs=tuple(specs))
+def check_mask(backend, case: Case, device="cpu") -> None:
+    """The rule "mask", which masks gradients in place: masks bit for bit from gradients of ones, then values, NaN in
+    dropped places included."""
+    specs = (replace(s, grad="normal" if s.grad == "none" else s.grad, grad_expanded=False) for s in case.specs)
+    specs = tuple(replace(s, effect=Effect.GRADIENT, maximize=False) for s in specs)
+    case = replace(case, specs=specs, rule=MaskOnly(), grad_scale=None, found_inf=None)
     batch = build(case, device)
-    batch.exp_avgs, batch.exp_avg_sqs, batch.max_exp_avg_sqs = [], [], []  # attach() has none
     for ones in (True, False):
-        for grad in batch.grads if ones else ():
-            grad.fill_(1.0)
         if ones:
-            batch.reals[:, Real.RESCALE] = 1.0
+            for grad in batch.grads:
+                grad.fill_(1.0)
+            batch.reals[:, Real.GRAD_FACTOR] = 1.0
         else:
             _advance(case, batch)
+        batch.params = batch.grads  # the masked gradient is written
         before = clone(batch)
         truth = in_float64(before)
-        reference.mask_grads(truth, seed=case.seed)
-        backend.mask_grads(batch, seed=case.seed)
+        reference.update(truth, case.rule, seed=case.seed)
+        backend.update(batch, case.rule, seed=case.seed)
         _assert_surroundings(case, batch, before)
         for i, grad in enumerate(batch.grads):
-            _assert_bits(case, i, "the parameter was written", batch.params[i], before.params[i])
             kept = _kept(case, before, i)
             _assert_bits(case, i, "a dropped gradient is not 0", grad, torch.zeros_like(grad), ~kept)
             if ones and case.specs[i].mask != Mask.GAUSSIAN:
                 _assert_bits(case, i, "mask", grad, kept.to(grad.dtype))
-            g, rescale = before.grads[i].double().abs(), float(before.reals[i, Real.RESCALE])
+            g, factor = before.grads[i].double().abs(), float(before.reals[i, Real.GRAD_FACTOR])
             u = 2.0**-53 if case.grad == F64 else 2.0**-24
-            bound = 4 * u * truth.grads[i].abs() + g * rescale * _noise_bound(case, before, i)
+            bound = 4 * u * truth.grads[i].abs() + g * factor * _noise_bound(case, before, i)
             if case.specs[i].mask == Mask.GAUSSIAN:  # 1 + std * normal may cancel
-                bound = bound + 4 * u * g * rescale * (1 + 7 * case.specs[i].noise_std)
+                bound = bound + 4 * u * g * factor * (1 + 7 * case.specs[i].noise_std)
             _assert_close(case, i, "grads", grad, truth.grads[i], torch.where(kept, bound, 0.0))
 
 
@@ -636,7 +696,7 @@ def check_pack(backend, case: Case, device="cpu") -> None:
     case = replace(case, specs=tuple(s for s in case.specs if s.mask != Mask.PACKED))
     for k in range(case.steps):
         batch = build(case.at_step(k), device)
-        batch.grads, batch.exp_avgs, batch.exp_avg_sqs, batch.max_exp_avg_sqs = [], [], [], []
+        batch.grads, batch.states = [], []
         batch.packed = [
             _place(torch.full(((s.numel + 31) // 32,), -0x21524111, device=device), torch.int32) for s in batch.shards
         ]
@@ -658,7 +718,7 @@ def check_known_answers(backend, device="cpu") -> None:
                 tuple(row["shape"]),
                 Mask.ELEMENT if row["block"] == 1 else Mask.BLOCK,
                 window=(row["lo"], row["span"]),
-                **{key: row[key] for key in ("block", "draw", "stream")},
+                **{key: row[key] for key in ("block", "draw", "stream_id")},
             )
             for row in rows
         )

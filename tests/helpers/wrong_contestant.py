@@ -1,4 +1,6 @@
-"""A pytest plugin that puts a case with a wrong contestant into the benchmark suite: `-p tests.helpers.wrong_contestant`."""
+"""A pytest plugin that puts a case with a wrong contestant into the benchmark suite.
+
+Used as `-p tests.helpers.wrong_contestant`."""
 
 from benchmarks import cases
 from benchmarks.contestant import Contestant

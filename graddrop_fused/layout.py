@@ -1,0 +1,108 @@
+"""The layout table of a batch: for each tensor its addresses, and how its memory runs through the whole parameter."""
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .contract import MAX_DIMS, MAX_STATES, Batch, Layout, Shard
+
+
+def collapse(shard: Shard, *memory_strides: Sequence[int]) -> tuple[list[int], ...]:
+    """Merge neighbouring dimensions that every index walks as one.
+
+    Returns:
+        (sizes, global strides, *memory strides), each with as few dimensions as possible; size-1 dimensions vanish.
+    """
+    all_strides = (shard.strides, *memory_strides)
+    dims: list[list[int]] = []  # [size, stride, stride, ...], outermost first
+    for d, size in enumerate(shard.shape):
+        if size == 1:
+            continue
+        strides = [s[d] for s in all_strides]
+        if dims and all(outer == inner * size for outer, inner in zip(dims[-1][1:], strides, strict=True)):
+            dims[-1] = [dims[-1][0] * size, *strides]
+        else:
+            dims.append([size, *strides])
+    return tuple([dim[i] for dim in dims] for i in range(1 + len(all_strides)))
+
+
+def layout_row(batch: Batch, i: int) -> list[int]:
+    """Tensor i's row of the layout table. Its gradient's pointer and strides are those of now.
+
+    Raises ValueError if the tensor has too many dimensions for compiled backends.
+    """
+    shard = batch.shards[i]
+    grad = batch.grads[i] if batch.grads else None
+    strides = batch.params[i].stride() if batch.params else Shard.whole(shard.shape).strides
+    sizes, global_strides, param_strides, grad_strides = collapse(
+        shard, strides, strides if grad is None else grad.stride()
+    )
+    if len(sizes) > MAX_DIMS:
+        raise ValueError(
+            f"a tensor of shape {tuple(shard.shape)} must collapse to at most {MAX_DIMS} dimensions for compiled "
+            f"backends, got {len(sizes)} (strides {strides}); backend='reference' takes any"
+        )
+
+    def pad(values):
+        return list(values) + [0] * (MAX_DIMS - len(values))
+
+    states = [batch.states[k][i].data_ptr() if k < len(batch.states) else 0 for k in range(MAX_STATES)]
+    packed = batch.packed[i] if batch.packed else None
+    return [
+        batch.params[i].data_ptr() if batch.params else 0,
+        0 if grad is None else grad.data_ptr(),
+        *states,
+        0 if packed is None else packed.data_ptr(),
+        shard.numel,
+        shard.offset,
+        len(sizes),
+        *pad(sizes),
+        *pad(param_strides),
+        *pad(grad_strides),
+        *pad(global_strides),
+    ]
+
+
+class LayoutTable:
+    """A batch's layout table on the host, kept up to date with the gradients, which may move between two calls."""
+
+    def __init__(self, batch: Batch):
+        rows = [layout_row(batch, i) for i in range(len(batch.shards))]
+        self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, Layout.columns())
+        # Of the gradients that the rows describe. Where there is none, the row has its parameter's strides.
+        described = [p if g is None else g for p, g in zip(batch.params, batch.grads, strict=False)]
+        self._strides = [t.stride() for t in described]
+        self._contiguous = all([t.is_contiguous() for t in described])
+        self._pointers = self.table[:, Layout.GRAD].tolist()
+
+    def refresh(self, batch: Batch) -> bool:
+        """Describe the gradients of now. Returns whether anything changed."""
+        changed = False
+        pointers = [0 if g is None else g.data_ptr() for g in batch.grads]
+        if batch.grads and pointers != self._pointers:
+            self._pointers, changed = pointers, True
+            column = torch.frombuffer(array("q", pointers), dtype=torch.int64)
+            self.table[:, Layout.GRAD] = column
+            if batch.params is batch.grads:
+                self.table[:, Layout.PARAM] = column
+        # two contiguous tensors of one shape have the same strides, and asking for strides costs more
+        if not (self._contiguous and _all_contiguous(batch.grads)):
+            changed |= self._refresh_strides(batch)
+        return changed
+
+    def _refresh_strides(self, batch: Batch) -> bool:
+        changed = False
+        for i, grad in enumerate(batch.grads):
+            if grad is not None and grad.stride() != self._strides[i]:
+                self._strides[i] = grad.stride()
+                self.table[i] = torch.tensor(layout_row(batch, i), dtype=torch.int64, device="cpu")
+                changed = True
+        # an absent gradient's row still holds the strides of one that may have been another way round
+        self._contiguous = None not in batch.grads and _all_contiguous(batch.grads)
+        return changed
+
+
+def _all_contiguous(grads: Sequence[Tensor | None]) -> bool:
+    return all([g is None or g.is_contiguous() for g in grads])  # a list is faster than a generator
