@@ -70,7 +70,7 @@ class MaskedOptimizer(Optimizer):
     def draw(self) -> int:
         """Steps taken; those that GradScaler skipped do not count. Synchronises under capturable."""
         for numbers in self._device_numbers.values():
-            self._clock.draw = int(numbers.draw)
+            self._clock.draw = self.param_groups[0]["draw"] = int(numbers.draw)
         return self._clock.draw
 
     @property
@@ -184,7 +184,7 @@ class MaskedOptimizer(Optimizer):
             for numbers in self._device_numbers.values():
                 numbers.commit()
             if not self._device_numbers:
-                self._clock.draw = self._clock.next_draw()
+                self._clock.draw = groups[0]["draw"] = self._clock.next_draw()
 
         return commit
 
