@@ -223,3 +223,13 @@ def test_policies_constructed_from_anything(name):
 
 def _own(options: dict) -> dict:
     return {key: value for key, value in options.items() if key != "policy"}
+
+
+def test_a_parameter_listed_twice():
+    params, optimizer = trained("adamw")
+    bad = copy.deepcopy(optimizer.state_dict())
+    bad["param_groups"][1]["params"] = bad["param_groups"][0]["params"]
+    before = everything(params, optimizer)
+    with pytest.raises(ValueError, match="must list parameter 0 once"):
+        optimizer.load_state_dict(bad)
+    assert difference(before, everything(params, optimizer)) is None

@@ -14,7 +14,6 @@ import copy
 import os
 import sys
 import unittest
-from functools import partial
 
 import torch
 from torch.testing._internal import common_optimizers
@@ -32,73 +31,80 @@ class Battery(unittest.TestCase):
     def over_inputs(self, dtype=torch.float32):
         for info in INFOS:
             for given in info.optim_inputs_func(device="cpu", dtype=dtype):
-                with self.subTest(optimizer=info.name, input=given.desc, dtype=dtype):
-                    theirs = partial(info.optim_cls, **{**given.kwargs, "foreach": False})
-                    yield info, partial(OURS[info.name], **given.kwargs), theirs
+                case = f"{info.name}, {given.desc}, {dtype}"
+                yield case, info, _maker(OURS[info.name], given), _maker(info.optim_cls, given, foreach=False)
 
     def test_trajectories(self):
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
-            for _, ours, theirs in self.over_inputs(dtype):
-                runs = [_train(make, dtype) for make in (ours, theirs)]
-                torch.testing.assert_close(*runs, rtol=tolerance, atol=tolerance / 10)
+            for case, _, ours, theirs in self.over_inputs(dtype):
+                with self.subTest(case):
+                    runs = [_train(make, dtype) for make in (ours, theirs)]
+                    torch.testing.assert_close(*runs, rtol=tolerance, atol=tolerance / 10)
 
     def test_non_contiguous(self):
-        for _, ours, theirs in self.over_inputs():
-            runs = [_train(make, torch.float32, place=lambda t: t.t().contiguous().t()) for make in (ours, theirs)]
-            torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
-
-    def test_schedulers(self):
-        for info, ours, theirs in self.over_inputs():
-            for schedulers in info.scheduler_inputs:
-                runs = [_train(make, torch.float32, schedulers=schedulers) for make in (ours, theirs)]
+        for case, _, ours, theirs in self.over_inputs():
+            with self.subTest(case):
+                runs = [_train(make, torch.float32, place=lambda t: t.t().contiguous().t()) for make in (ours, theirs)]
                 torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
 
+    def test_schedulers(self):
+        for case, info, ours, theirs in self.over_inputs():
+            with self.subTest(case):
+                for schedulers in info.scheduler_inputs:
+                    runs = [_train(make, torch.float32, schedulers=schedulers) for make in (ours, theirs)]
+                    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
+
     def test_param_groups(self):
-        for _, ours, theirs in self.over_inputs():
-            runs = [_train(make, torch.float32, groups=True) for make in (ours, theirs)]
-            torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
+        for case, _, ours, theirs in self.over_inputs():
+            with self.subTest(case):
+                runs = [_train(make, torch.float32, groups=True) for make in (ours, theirs)]
+                torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
 
     def test_state_dict_is_deterministic_and_resumes(self):
-        for _, ours, theirs in self.over_inputs():
-            params, optimizer = _prepared(ours, torch.float32)
-            _steps(params, optimizer, 5)
-            saved = copy.deepcopy(optimizer.state_dict())
-            twins = [p.detach().clone().requires_grad_() for p in params]
-            for taker in (ours, theirs):  # ours, and torch's
-                others = [p.detach().clone().requires_grad_() for p in twins]
-                other = taker(others)
-                other.load_state_dict(copy.deepcopy(saved))
-                reference = [p.detach().clone().requires_grad_() for p in twins]
-                resumed = ours(reference)
-                resumed.load_state_dict(saved)
-                _steps(others, other, 5)
-                _steps(reference, resumed, 5)
-                torch.testing.assert_close(others, reference, rtol=1e-5, atol=1e-6)
+        for case, _, ours, theirs in self.over_inputs():
+            with self.subTest(case):
+                params, optimizer = _prepared(ours, torch.float32)
+                _steps(params, optimizer, 5)
+                saved = copy.deepcopy(optimizer.state_dict())
+                twins = [p.detach().clone().requires_grad_() for p in params]
+                for taker in (ours, theirs):  # ours, and torch's
+                    others = [p.detach().clone().requires_grad_() for p in twins]
+                    other = taker(others)
+                    other.load_state_dict(copy.deepcopy(saved))
+                    reference = [p.detach().clone().requires_grad_() for p in twins]
+                    resumed = ours(reference)
+                    resumed.load_state_dict(saved)
+                    _steps(others, other, 5)
+                    _steps(reference, resumed, 5)
+                    torch.testing.assert_close(others, reference, rtol=1e-5, atol=1e-6)
 
     def test_missing_gradients_and_empty_groups(self):
-        for _, ours, _ in self.over_inputs():
-            params, optimizer = _prepared(ours, torch.float32)
-            before = [p.detach().clone() for p in params]
-            optimizer.step()
-            self.assertTrue(all(map(torch.equal, params, before)))
-            self.assertFalse(any(optimizer.state.values()))
-            ours([{"params": []}, {"params": params}]).step()
+        for case, _, ours, _ in self.over_inputs():
+            with self.subTest(case):
+                params, optimizer = _prepared(ours, torch.float32)
+                before = [p.detach().clone() for p in params]
+                optimizer.step()
+                self.assertTrue(all(map(torch.equal, params, before)))
+                self.assertFalse(any(optimizer.state.values()))
+                ours([{"params": []}, {"params": params}]).step()
 
     def test_deepcopy_keeps_public_attributes(self):
-        for _, ours, _ in self.over_inputs():
-            params, optimizer = _prepared(ours, torch.float32)
-            _steps(params, optimizer, 1)
-            names = {name for name in vars(optimizer) if not name.startswith("_")}
-            self.assertEqual(names, {name for name in vars(copy.deepcopy(optimizer)) if not name.startswith("_")})
+        for case, _, ours, _ in self.over_inputs():
+            with self.subTest(case):
+                params, optimizer = _prepared(ours, torch.float32)
+                _steps(params, optimizer, 1)
+                names = {name for name in vars(optimizer) if not name.startswith("_")}
+                self.assertEqual(names, {name for name in vars(copy.deepcopy(optimizer)) if not name.startswith("_")})
 
     def test_hooks(self):
-        for _, ours, _ in self.over_inputs():
-            params, optimizer = _prepared(ours, torch.float32)
-            called = []
-            optimizer.register_step_pre_hook(lambda *_: called.append("before"))
-            optimizer.register_step_post_hook(lambda *_: called.append("after"))
-            _steps(params, optimizer, 1)
-            self.assertEqual(called, ["before", "after"])
+        for case, _, ours, _ in self.over_inputs():
+            with self.subTest(case):
+                params, optimizer = _prepared(ours, torch.float32)
+                called = []
+                optimizer.register_step_pre_hook(lambda *_, called=called: called.append("before"))
+                optimizer.register_step_post_hook(lambda *_, called=called: called.append("after"))
+                _steps(params, optimizer, 1)
+                self.assertEqual(called, ["before", "after"])
 
     def test_errors(self):
         """What torch refuses is refused, unless it concerns foreach, which we have no use for."""
@@ -120,6 +126,11 @@ class Battery(unittest.TestCase):
             p.grad = torch.sparse_coo_tensor([[0]], [1.0], (3,), check_invariants=True)
             with self.assertRaises(ValueError):
                 make([p]).step()
+
+
+def _maker(cls, given, **more):
+    """A constructor that shares nothing with the last call: a scheduler changes a tensor lr in place."""
+    return lambda params: cls(params, **copy.deepcopy(given.kwargs), **more)
 
 
 def _prepared(make, dtype, place=lambda tensor: tensor, groups=False):
