@@ -97,7 +97,7 @@ ERRORS = {
     "graddrop": "GradDrop takes exactly one of p and anneal",
     "graddrop-epoch:toggle": "graddrop-epoch missing 1 required positional argument: 'p', in 'graddrop-epoch:toggle'",
     "graddrop-epoch:p=0.9,toggle=1": "toggle must be True or False, got 1, in",
-    "graddrop:anneal=linear-anneal(epochs=1)": "epochs must be .*at least 2, got 1, in",
+    "graddrop:anneal=linear-anneal(epochs=1)": r"epochs must be an integer in \[2, .*got 1, in",
     "graddrop:anneal=cosine(epochs=3)": "the schedule must be one of linear-anneal.*, got 'cosine' in",
     "graddrop:anneal=linear-anneal(epochs=3": "parentheses and quotes must be closed, got",
     "graddrop:p='0.1": "parentheses and quotes must be closed, got",
