@@ -56,6 +56,7 @@ struct Floats8 {
 };
 
 struct Philox8 {
+  using Decisions = WordDecisions;
   static constexpr int COUNTERS = 8;
   using Vector = __m256i;  // upper halves are dirty: nothing may read them
 
@@ -72,11 +73,12 @@ struct Philox8 {
   // Bits 2 l and 2 l + 1: whether the low and the high half of counter l's word lie in the window.
   static uint32_t decide(Vector even, Vector odd, uint16_t lo, uint16_t span) {
     const __m256i halves = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-    // AVX2 compares signed numbers: both sides are moved by 2**15
-    const __m256i moved = _mm256_add_epi16(halves, _mm256_set1_epi16(static_cast<int16_t>(0x8000u - lo)));
-    const __m256i outside = _mm256_cmpgt_epi16(moved, _mm256_set1_epi16(static_cast<int16_t>(span ^ 0x8000u)));
-    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(outside), _mm256_extracti128_si256(outside, 1));
-    return static_cast<uint32_t>(_mm_movemask_epi8(bytes)) ^ 0xffffu;
+    // saturated differences, since AVX2 compares signed numbers only
+    const __m256i beyond = _mm256_subs_epu16(_mm256_sub_epi16(halves, _mm256_set1_epi16(static_cast<int16_t>(lo))),
+                                             _mm256_set1_epi16(static_cast<int16_t>(span)));
+    const __m256i inside = _mm256_cmpeq_epi16(beyond, _mm256_setzero_si256());
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(inside), _mm256_extracti128_si256(inside, 1));
+    return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
   }
 };
 

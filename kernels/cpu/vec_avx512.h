@@ -44,6 +44,7 @@ struct MaskedFloats8 : Floats8 {
 };
 
 struct Philox16 {
+  using Decisions = WordDecisions;
   static constexpr int COUNTERS = 16;
   using Vector = __m512i;  // upper halves are dirty: nothing may read them
 
