@@ -64,6 +64,7 @@ struct Float1 {
   static float sqrt(float a) { return std::sqrt(a); }
   static float sign(float a) { return static_cast<float>(a > 0) - static_cast<float>(a < 0); }
 
+  static void pin(float&) {}
   static float keep(Kept kept, float a) { return float_of(bits_of(a) & kept); }
   static float select(Kept kept, float a, float b) { return float_of((bits_of(a) & kept) | (bits_of(b) & ~kept)); }
 
