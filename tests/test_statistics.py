@@ -14,7 +14,7 @@ from graddrop_fused import mask_stream
 
 Z = 5.0
 N = 200_000
-AT = {"seed": 20240607, "draw": 3, "stream": 11}
+AT = {"seed": 20240607, "draw": 3, "stream_id": 11}
 
 
 def mask(p, numel=N, block=1, window=None, **at):
@@ -23,6 +23,13 @@ def mask(p, numel=N, block=1, window=None, **at):
 
 def z_of_share(bits, q):
     return (bits.double().sum().item() - bits.numel() * q) / math.sqrt(bits.numel() * q * (1 - q))
+
+
+def z_of_cells(values, cells):
+    """Of how evenly integers fill 0 to cells - 1."""
+    expected = values.numel() / cells
+    chi2 = ((torch.bincount(values, minlength=cells).double() - expected) ** 2 / expected).sum().item()
+    return (chi2 - (cells - 1)) / math.sqrt(2 * (cells - 1))
 
 
 def z_of_agreement(a, b, q):
@@ -36,18 +43,34 @@ def test_kept_share(p, seed):
     assert abs(z_of_share(mask(p, seed=seed), 1 - p)) < Z
 
 
-def test_words_are_uniform():
-    """Chi-square over 256 equal cells of the top byte and of the lowest byte; its normal approximation."""
-    words = mask_stream.element_words(torch.arange(N), **AT)
-    for byte in (words >> 24, words & 0xFF):
-        counts = torch.bincount(byte, minlength=256).double()
-        chi2 = ((counts - N / 256) ** 2 / (N / 256)).sum().item()
-        assert abs(chi2 - 255) / math.sqrt(2 * 255) < Z
+def test_random_numbers_are_uniform():
+    """Chi-square over 256 equal cells of the upper byte and of the lower byte; its normal approximation."""
+    random = mask_stream.element_random(torch.arange(N), **AT)
+    for byte in (random >> 8, random & 0xFF):
+        assert abs(z_of_cells(byte, 256)) < Z
+
+
+def test_the_halves_of_a_word_are_independent():
+    """Of a word's two numbers, all pairs of their upper four bits, and of their lower four, are equally frequent."""
+    lower, upper = mask_stream.element_random(torch.arange(N), **AT).reshape(-1, 2).unbind(1)
+    for shift in (12, 0):
+        pairs = (lower >> shift & 15) * 16 + (upper >> shift & 15)
+        assert abs(z_of_cells(pairs, 256)) < Z
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize(
-    "other", [{"draw": 4}, {"draw": 3 + 2**31}, {"stream": 12}, {"seed": 20240608}, {"seed": 20240607 + 2**32}], ids=str
+    "other",
+    [
+        {"draw": 4},
+        {"draw": 3 + 2**31},
+        {"stream_id": 12},
+        {"stream_id": 11 + 2**32},
+        {"stream_id": 11 + 2**51},
+        {"seed": 20240608},
+        {"seed": 20240607 + 2**32},
+    ],
+    ids=str,
 )
 def test_masks_of_other_steps_parameters_and_seeds_are_independent(p, other):
     assert abs(z_of_agreement(mask(p), mask(p, **other), 1 - p)) < Z
@@ -56,7 +79,8 @@ def test_masks_of_other_steps_parameters_and_seeds_are_independent(p, other):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("distance", [1, 2, 31, 32, 33, 64, 96, 127, 128, 129, 256])
 def test_elements_are_independent(p, distance):
-    """Neighbours; the same lane of the words of a tile (32, 64, 96); the same place of neighbouring tiles (128)."""
+    """The halves of one word or of its neighbour (1), neighbouring counters (2), the words of one counter (32, 64, 96),
+    the same place of neighbouring tiles (128)."""
     bits = mask(p)
     assert abs(z_of_agreement(bits[:-distance], bits[distance:], 1 - p)) < Z
 
@@ -67,35 +91,48 @@ def test_every_place_in_a_tile_keeps_its_share():
     assert z.abs().max() < Z
 
 
-def test_element_block_and_layer_words_differ():
-    """Purposes separate: the same seed, draw and stream give unrelated words."""
-    blocks = mask_stream.block_words(torch.arange(0, 128 * 4000, 128), 128, **AT)
-    elements = mask_stream.element_words(torch.arange(4000), **AT)
-    assert not set(blocks.tolist()) >= set(elements[:8].tolist())
-    assert abs(z_of_agreement(blocks < 2**31, elements < 2**31, 0.5)) < Z
-    assert mask_stream.layer_word(**AT) not in elements.tolist()
+def test_purposes_give_unrelated_numbers():
+    """The same seed, draw and id, for elements, for blocks, for a layer, for rounding."""
+    count = 40_000
+    elements = mask_stream.element_random(torch.arange(count), **AT)
+    blocks = mask_stream.block_random(torch.arange(0, 128 * count, 128), 128, **AT)
+    rounding = [
+        mask_stream.element_random(torch.arange(count), **AT, purpose=purpose)
+        for purpose in mask_stream.Purpose
+        if purpose.name.startswith("ROUND")
+    ]
+    assert len(rounding) == 3
+    bits = [random < 2**15 for random in (elements, blocks, *rounding)]
+    for i, a in enumerate(bits):
+        for b in bits[:i]:
+            assert abs(z_of_agreement(a, b, 0.5)) < Z
+    # one number each of many draws
+    draws = [{**AT, "draw": draw} for draw in range(2000)]
+    layer = torch.tensor([mask_stream.layer_random(**at) for at in draws])
+    first = torch.cat([mask_stream.element_random(torch.zeros(1, dtype=torch.int64), **at) for at in draws])
+    assert abs(z_of_agreement(layer < 2**15, first < 2**15, 0.5)) < Z
 
 
 def test_layer_draws():
     """24 layers over 2,000 steps: each layer's share, agreement of neighbouring layers and of neighbouring steps."""
     lo, span = mask_stream.bernoulli_window(0.3)
-    at = [[{"seed": 5, "draw": d, "stream": layer} for layer in range(24)] for d in range(1, 2001)]
-    kept = torch.tensor([[mask_stream.decide(mask_stream.layer_word(**a), lo, span) for a in step] for step in at])
+    at = [[{"seed": 5, "draw": d, "stream_id": layer} for layer in range(24)] for d in range(1, 2001)]
+    kept = torch.tensor([[mask_stream.decide(mask_stream.layer_random(**a), lo, span) for a in step] for step in at])
     for layer in range(24):
         assert abs(z_of_share(kept[:, layer], 0.7)) < Z
     assert abs(z_of_agreement(kept[:, 1:], kept[:, :-1], 0.7)) < Z
     assert abs(z_of_agreement(kept[1:], kept[:-1], 0.7)) < Z
 
 
-@pytest.mark.parametrize("block", [128, 384])
+@pytest.mark.parametrize("block", [2, 7, 128, 384])
 def test_block_masks(block):
     blocks = 6000
-    bits = mask(0.4, blocks * block - 50, block=block)  # the last block is short
+    bits = mask(0.4, blocks * block - block // 2, block=block)  # the last block is short
     whole = bits[: (blocks - 1) * block].reshape(-1, block)
     assert torch.equal(whole.all(1), whole.any(1))  # one decision for a block
     assert bits[(blocks - 1) * block :].unique().numel() == 1
     assert abs(z_of_share(whole[:, 0], 0.6)) < Z
-    for distance in (1, 2, 3, 4):
+    for distance in (1, 2, 4, 6, 8):
         assert abs(z_of_agreement(whole[:-distance, 0], whole[distance:, 0], 0.6)) < Z
     assert not torch.equal(bits, mask(0.4, bits.numel(), block=block, draw=4))
 
@@ -118,7 +155,7 @@ def test_gaussian_moments():
     assert abs(z_of_share(normals.abs() > 1.959963985, 0.05)) < Z
 
 
-@pytest.mark.parametrize("block", [1, 128])
+@pytest.mark.parametrize("block", [1, 23, 128])
 @pytest.mark.parametrize("p", [0.0, 0.25, 0.5, 0.7, 0.9])
 def test_toggle_activates_every_element_exactly_once_in_a_cycle(p, block):
     bounds = mask_stream.epoch_bounds(p)
@@ -126,7 +163,7 @@ def test_toggle_activates_every_element_exactly_once_in_a_cycle(p, block):
     epochs = [mask(p, numel, block, window=(lo, hi - 1 - lo)) for lo, hi in zip(bounds[:-1], bounds[1:], strict=True)]
     assert torch.equal(torch.stack(epochs).sum(0), torch.ones(numel, dtype=torch.int64))
     for lo, hi, bits in zip(bounds[:-1], bounds[1:], epochs, strict=True):
-        q = (hi - lo) / 2**32
+        q = (hi - lo) / 2**16
         if q < 1:
             assert abs(z_of_share(bits[::block], q)) < Z
 
@@ -138,8 +175,8 @@ def test_accumulate_only_ever_adds_elements(p):
     for hi in bounds[1:]:
         now = mask(p, window=(0, hi - 1))
         assert (now | ~before).all()
-        if hi < 2**32:
-            assert abs(z_of_share(now, hi / 2**32)) < Z
+        if hi < 2**16:
+            assert abs(z_of_share(now, hi / 2**16)) < Z
             assert abs(z_of_share(now & ~before, 1 - p)) < Z
         before = now
     assert before.all()
