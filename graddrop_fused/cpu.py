@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import mask_stream
+from . import build_op, mask_stream
 from .contract import CONTRACT_VERSION, Batch, Integer, Layout, Real
 from .layout import LayoutTable
 from .rules import Rule
@@ -115,21 +115,21 @@ def _op(level: int | None):
 @cache
 def _load() -> tuple[int, str | None]:
     """Load the op: (level to run, why it is unavailable or None)."""
-    paths = [p for p in sorted(Path(__file__).parent.glob("_cpu.*")) if p.suffix in (".so", ".pyd", ".dylib")]
-    if not paths:
+    path = build_op.find(Path(__file__).parent)
+    if path is None:
         return 0, (
-            "the native CPU op was not built (a C++ compiler and torch must be visible when the package is built); "
-            "to get it: pip install --no-build-isolation -e ."
+            "the native CPU op was not built; with a C++ compiler that takes half a minute: "
+            "python -m graddrop_fused build"
         )
     try:
-        torch.ops.load_library(paths[0])
+        torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
-        return 0, f"the native CPU op {paths[0].name} does not load: {str(error).splitlines()[0]}"
+        return 0, f"the native CPU op {path.name} does not load: {str(error).splitlines()[0]}"
     difference = _difference(torch.ops.graddrop_fused_cpu)
     if difference:
         return 0, (
-            f"the native CPU op {paths[0].name} was built for another version of this package ({difference}); "
-            "build it again: pip install --no-build-isolation -e ."
+            f"the native CPU op {path.name} was built for another version of this package ({difference}); "
+            "build it again: python -m graddrop_fused build"
         )
     return _choose_level(os.environ.get(_CAPABILITY), torch.ops.graddrop_fused_cpu.best_level())
 

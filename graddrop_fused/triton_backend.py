@@ -6,18 +6,23 @@ in ``batch.cache``, and the batch's two number tables. A call synchronises nothi
 """
 
 import contextlib
+import importlib
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .capture import capturing, check_not_capturing, to_device
-from .contract import Batch, Effect, Integer, Layout, Mask, layout_row
+from .contract import Batch, Effect, Integer, Mask
+from .cuda_graph import capturing, check_not_capturing, to_device
+from .device_rows import DeviceRow, device_rows, index_bits
+from .layout import LayoutTable
+from .rules import Rule
 
-_OLDEST = (3, 5)
+_OLDEST = (3, 6)  # the first with tl.sub
 CHUNK = 8192  # elements of a program: enough to amortise its tables, few enough to balance small tensors
 WARPS = 4
 # Multiply-adds may contract, as in torch's own fused kernel; Triton's default is about to change. No register limit:
@@ -30,9 +35,9 @@ def unavailable(device: torch.device) -> str | None:
     try:
         import triton
     except ImportError as error:
-        return f"triton cannot be imported ({error}): pip install 'triton>=3.5'"
+        return f"triton cannot be imported ({error}): pip install 'triton>=3.6'"
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < _OLDEST:
-        return f"triton {triton.__version__} is too old: pip install 'triton>=3.5'"
+        return f"triton {triton.__version__} is too old: pip install 'triton>=3.6', as torch 2.10 and newer have it"
     if device.type == "cpu":
         return None if _interpreted() else "Triton serves CPU tensors in its interpreter only: set TRITON_INTERPRET=1"
     if device.type != "cuda":
@@ -43,70 +48,116 @@ def unavailable(device: torch.device) -> str | None:
         return "TRITON_INTERPRET=1 is set: Triton's interpreter serves CPU tensors only"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"Triton needs compute capability 8.0 or newer, {torch.cuda.get_device_name(device)} is older"
+    return _no_launcher()
+
+
+def _no_launcher() -> str | None:
+    """Why Triton cannot build what launches its kernels, or None. It compiles that in C, for the running Python."""
     if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
         return "Triton needs a C compiler for its launcher, and none is found: install gcc or set CC"
+    include = sysconfig.get_path("include")
+    if not (Path(include) / "Python.h").exists():
+        return f"Triton needs Python's headers for its launcher, and {include}/Python.h is missing: install python3-dev"
     return None
 
 
-def adamw(batch: Batch, *, seed: int, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-    """One masked AdamW step for every tensor of the batch, in place, in one launch.
+def update(
+    batch: Batch, rule: Rule, *, seed: int, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+) -> None:
+    """One masked step of ``rule`` for every tensor of the batch, in place, in one launch.
 
     ``grad_scale`` (AMP) divides every gradient; where ``found_inf`` is nonzero nothing changes. Both are one-element
     tensors on the batch's device and are read there.
     """
-    from .kernels.triton.kernels import adamw_kernel
+    if not any(shard.numel for shard in batch.shards):
+        return
+    from .kernels.triton.kernels import update_kernel
 
-    amsgrad = any(t is not None for t in batch.max_exp_avg_sqs)
     # what a step leaves alone is not counted: it comes and goes with gradients
     occurring = pairs(batch) - {(Mask.DROP, Effect.FREEZE)}
-    grad_dtype = next((g.dtype for g in batch.grads if g is not None), None)
-    _launch(
-        adamw_kernel,
-        batch,
-        batch.params,
-        seed=seed,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        PARAM_DTYPE=batch.params[0].dtype if batch.params else None,
-        GRAD_DTYPE=grad_dtype or (batch.params[0].dtype if batch.params else None),
-        STATE_DTYPE=batch.exp_avgs[0].dtype if batch.exp_avgs else None,
-        KINDS=_bits(mask for mask, _ in occurring),
-        EFFECTS=_bits(effect for _, effect in occurring),
-        AMSGRAD=amsgrad,
-    )
-
-
-def mask_grads(batch: Batch, *, seed: int) -> None:
-    """rescale * grad where kept, else 0, in place on every gradient, in one launch."""
-    from .kernels.triton.kernels import mask_grads_kernel
-
-    present = [g for g in batch.grads if g is not None]
-    if present:
-        kinds = _bits(mask for mask, _ in pairs(batch))
-        _launch(mask_grads_kernel, batch, present, seed=seed, GRAD_DTYPE=present[0].dtype, KINDS=kinds)
+    param_dtype = batch.params[0].dtype
+    dtypes = {
+        "PARAM_DTYPE": param_dtype,
+        "GRAD_DTYPE": next((g.dtype for g in batch.grads if g is not None), param_dtype),
+        "STATE_DTYPE": batch.states[0][0].dtype if batch.states else param_dtype,
+    }
+    device = batch.params[0].device
+    with _on(device):
+        tables = _tables(batch, device, in_memory_order=True)
+        integers, reals = _numbers(batch, device)
+        update_kernel[(len(tables.chunks),)](
+            chunks=tables.chunks,
+            layout=tables.layout_now(batch),
+            integers=integers,
+            reals=reals,
+            seed=seed,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            RULE=rule_function(rule),
+            STATES=len(rule.states),
+            FACTORS=len(rule.factor_names),
+            **{name: _triton_dtype(dtype) for name, dtype in dtypes.items()},
+            KINDS=_bits(mask for mask, _ in occurring),
+            EFFECTS=_bits(effect for _, effect in occurring),
+            INDEX_BITS=tables.index_bits,
+            **sizes(dtypes.values(), _warp_size(device)),
+            **OPTIONS,
+        )
 
 
 def pack(batch: Batch, *, seed: int) -> None:
     """Draw every tensor's mask and write it to ``batch.packed``, in one launch."""
+    if not any(shard.numel for shard in batch.shards):
+        return
     from .kernels.triton.kernels import pack_kernel
 
-    _launch(pack_kernel, batch, batch.packed, seed=seed, KINDS=_bits(mask for mask, _ in pairs(batch)))
+    device = batch.packed[0].device
+    with _on(device):
+        tables = _tables(batch, device, in_memory_order=False)
+        pack_kernel[(len(tables.chunks),)](
+            chunks=tables.chunks,
+            layout=tables.layout_now(batch),
+            integers=_numbers(batch, device)[0],
+            seed=seed,
+            KINDS=_bits(mask for mask, _ in pairs(batch)),
+            INDEX_BITS=tables.index_bits,
+            **pack_sizes(_warp_size(device)),
+            **OPTIONS,
+        )
 
 
-def shape(dtypes: Sequence[torch.dtype], warp_size: int) -> dict[str, int]:
-    """The compile-time sizes of a kernel that accesses ``dtypes``.
+def rule_function(rule: Rule):
+    """The rule's jitted update. Raises NotImplementedError where kernels/triton has none of its name."""
+    try:
+        return importlib.import_module(f"{__package__}.kernels.triton.{rule.name}").update
+    except (ModuleNotFoundError, AttributeError):
+        raise NotImplementedError(
+            f"the rule {rule.name!r} has no Triton kernel: write kernels/triton/{rule.name}.py, or choose "
+            "backend='reference'"
+        ) from None
+
+
+def sizes(dtypes: Iterable[torch.dtype], warp_size: int) -> dict[str, int]:
+    """The compile-time sizes of an update of ``dtypes``.
 
     A thread takes 16 bytes of the smallest dtype at a time, and as many elements of the others in one or two accesses:
     values of different dtypes meet in the same thread.
     """
     vector = max(4, 16 // min(dtype.itemsize for dtype in dtypes))  # float64 takes two accesses
     threads = WARPS * warp_size
-    return {"TILES": threads * vector // 32, "VECTOR": vector, "GENERAL": threads, "CHUNK": CHUNK, "num_warps": WARPS}
+    return {
+        "TILES": threads * vector // 32,
+        "VECTOR": vector,
+        "LANES": threads // 32,
+        "ELEMENTS": threads,
+        "CHUNK": CHUNK,
+        "num_warps": WARPS,
+    }
 
 
-def pack_shape(warp_size: int) -> dict[str, int]:
+def pack_sizes(warp_size: int) -> dict[str, int]:
     """The same for packing, where a thread draws a whole tile. One warp: its passes suit small tensors too."""
-    return {"TILES": warp_size, "GENERAL": 4 * warp_size, "CHUNK": CHUNK, "num_warps": 1}
+    return {"TILES": warp_size, "ELEMENTS": 4 * warp_size, "CHUNK": CHUNK, "num_warps": 1}
 
 
 def pairs(batch: Batch) -> Set[tuple[int, int]]:
@@ -120,6 +171,12 @@ def _bits(numbers: Iterable[int]) -> int:
     return sum(1 << int(n) for n in set(numbers))
 
 
+def _triton_dtype(dtype: torch.dtype):
+    import triton.language as tl
+
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
 def _interpreted() -> bool:
     import triton
 
@@ -127,36 +184,12 @@ def _interpreted() -> bool:
     return not isinstance(triton.language.zeros, triton.JITFunction)
 
 
-def _launch(kernel, batch: Batch, tensors: list[Tensor], *, seed: int, **arguments) -> None:
-    """``tensors``: some of the batch that the kernel accesses 16 bytes at a time, on its device."""
-    if not any(shard.numel for shard in batch.shards):
-        return
-    import triton.language as tl
+def _warp_size(device: torch.device) -> int:
+    return 32 if device.type == "cpu" else torch.cuda.get_device_properties(device).warp_size
 
-    device = tensors[0].device
-    warp_size = 32 if device.type == "cpu" else torch.cuda.get_device_properties(device).warp_size
-    dtypes = [value for value in arguments.values() if isinstance(value, torch.dtype)]
-    constants = {
-        name: getattr(tl, str(value).removeprefix("torch.")) if isinstance(value, torch.dtype) else value
-        for name, value in arguments.items()
-    }
-    with contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device):
-        tables = batch.cache.get("triton")
-        if tables is None:
-            tables = batch.cache["triton"] = _Tables.of(batch, device)
-        numbers = dict(zip(("integers", "reals"), _numbers(batch, device), strict=True))
-        if "reals" not in kernel.arg_names:
-            del numbers["reals"]
-        sizes = shape(dtypes, warp_size) if dtypes else pack_shape(warp_size)
-        kernel[(len(tables.chunks),)](
-            chunks=tables.chunks,
-            layout=tables.layout_now(batch),
-            **numbers,
-            seed=seed,
-            **constants,
-            **sizes,
-            **OPTIONS,
-        )
+
+def _on(device: torch.device):
+    return contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
 def _numbers(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -168,43 +201,58 @@ def _numbers(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     return both[:size], both[size:].view(torch.float64)
 
 
-@dataclass
+def _tables(batch: Batch, device: torch.device, in_memory_order: bool) -> "_Tables":
+    key = "triton" if in_memory_order else "triton pack"
+    if key not in batch.cache:
+        check_not_capturing()
+        batch.cache[key] = _Tables(batch, device, in_memory_order)
+    return batch.cache[key]
+
+
 class _Tables:
     """What a batch's tensors are to a kernel, on their device. Only gradients may move."""
 
-    chunks: Tensor  # (programs, 2), int64: tensor, first local element
-    layout: Tensor  # (tensors, Layout.columns()), int64
-    places: list  # of the gradients that `layout` points to
-    in_graph: bool  # a captured graph reads `layout`: it must stay as it is
-    spare: tuple[Tensor, Tensor] | None  # a layout on the host and one on the device, for the next capture
-    captured: list  # what captured graphs read and copy, kept alive
-
-    @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> "_Tables":
-        check_not_capturing()
-        counts = torch.tensor([-(-shard.numel // CHUNK) for shard in batch.shards])
-        tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        start = (torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]) * CHUNK
-        chunks = torch.stack([tensor, start], 1).to(device)
-        return cls(chunks, _layout(batch).to(device), _places(batch), False, None, [])
+    def __init__(self, batch: Batch, device: torch.device, in_memory_order: bool):
+        self.device, self.in_memory_order = device, in_memory_order
+        self.chunks = chunk_table([shard.numel for shard in batch.shards]).to(device)
+        self.host = LayoutTable(batch)
+        self.rows = device_rows(self.host.table, in_memory_order)  # on the host, as `host` was when `described`
+        self.described = self.host.table.clone()
+        self.index_bits = index_bits(self.rows)
+        self.layout = self.rows.to(device, copy=True)
+        self.stale = False  # a captured graph took rows that `layout` does not have
+        self.in_graph = False  # a captured graph reads `layout`: it must stay as it is
+        self.spare = None  # a layout on the host and one on the device, for the next capture
+        self.captured = []  # what captured graphs read and copy, kept alive
 
     def layout_now(self, batch: Batch) -> Tensor:
         """The layout table with the gradients' places of now."""
-        places, device = _places(batch), self.chunks.device
+        changed = self.host.refresh(batch)
+        if changed:
+            self._refresh_rows()
+        changed |= self.stale
         if capturing():
-            return self._layout_for_graph(batch, places)
-        if places != self.places:
+            return self._layout_for_graph(changed)
+        if changed:
             if self.in_graph:
                 self.layout, self.in_graph = torch.empty_like(self.layout), False
             # in place: a kernel of an earlier step on this stream may still read the old one
-            self.layout.copy_(_pinned(_layout(batch), device), non_blocking=True)
-            self.places = places
+            self.layout.copy_(_pinned(self.rows, self.device), non_blocking=True)
+            self.stale = False
         if self.spare is None and batch.integers.device.type != "cpu":
-            self.spare = _pinned(_layout(batch), device), torch.empty_like(self.layout)
+            self.spare = _pinned(self.rows, self.device), torch.empty_like(self.layout)
         return self.layout
 
-    def _layout_for_graph(self, batch: Batch, places: list) -> Tensor:
-        if places == self.places:
+    def _refresh_rows(self) -> None:
+        table, first = self.host.table, DeviceRow.NUMEL
+        if torch.equal(table[:, first:], self.described[:, first:]):  # the usual case: only addresses changed
+            self.rows[:, :first] = table[:, :first]
+        else:
+            self.rows, self.described = device_rows(table, self.in_memory_order), table.clone()
+            self.index_bits = max(self.index_bits, index_bits(self.rows))
+
+    def _layout_for_graph(self, changed: bool) -> Tensor:
+        if not changed:
             self.in_graph = True
             self.captured.append(self.layout)
             return self.layout
@@ -212,20 +260,19 @@ class _Tables:
             raise RuntimeError("gradients moved between two captures: take a step outside of capture between them")
         # gradients made inside the graph's own pool: the graph copies their places at every replay
         host, layout = self.spare
-        self.spare = None
+        self.spare, self.stale = None, True
         self.captured.append((host, layout))
-        host.copy_(_layout(batch))
+        host.copy_(self.rows)
         return layout.copy_(host, non_blocking=True)
 
 
-def _layout(batch: Batch) -> Tensor:
-    rows = [layout_row(batch, i) for i in range(len(batch.params))]
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, Layout.columns())
-
-
-def _places(batch: Batch) -> list:
-    return [grad if grad is None else (grad.data_ptr(), grad.stride()) for grad in batch.grads]
+def chunk_table(numels: Sequence[int]) -> Tensor:
+    """(programs, 2), int64: the tensor and the first element of each program's chunk."""
+    counts = torch.tensor([-(-numel // CHUNK) for numel in numels])
+    tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    start = (torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]) * CHUNK
+    return torch.stack([tensor, start], 1)
 
 
 def _pinned(host: Tensor, device: torch.device) -> Tensor:
-    return host if device.type == "cpu" else host.pin_memory()
+    return host.clone() if device.type == "cpu" else host.pin_memory()

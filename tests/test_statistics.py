@@ -25,13 +25,6 @@ def z_of_share(bits, q):
     return (bits.double().sum().item() - bits.numel() * q) / math.sqrt(bits.numel() * q * (1 - q))
 
 
-def z_of_cells(values, cells):
-    """Of how evenly integers fill 0 to cells - 1."""
-    expected = values.numel() / cells
-    chi2 = ((torch.bincount(values, minlength=cells).double() - expected) ** 2 / expected).sum().item()
-    return (chi2 - (cells - 1)) / math.sqrt(2 * (cells - 1))
-
-
 def z_of_agreement(a, b, q):
     """Of how often two independent masks that keep with probability q agree."""
     return z_of_share(a == b, q * q + (1 - q) * (1 - q))
@@ -43,19 +36,13 @@ def test_kept_share(p, seed):
     assert abs(z_of_share(mask(p, seed=seed), 1 - p)) < Z
 
 
-def test_random_numbers_are_uniform():
+def test_numbers_are_uniform():
     """Chi-square over 256 equal cells of the upper byte and of the lower byte; its normal approximation."""
     random = mask_stream.element_random(torch.arange(N), **AT)
     for byte in (random >> 8, random & 0xFF):
-        assert abs(z_of_cells(byte, 256)) < Z
-
-
-def test_the_halves_of_a_word_are_independent():
-    """Of a word's two numbers, all pairs of their upper four bits, and of their lower four, are equally frequent."""
-    lower, upper = mask_stream.element_random(torch.arange(N), **AT).reshape(-1, 2).unbind(1)
-    for shift in (12, 0):
-        pairs = (lower >> shift & 15) * 16 + (upper >> shift & 15)
-        assert abs(z_of_cells(pairs, 256)) < Z
+        counts = torch.bincount(byte, minlength=256).double()
+        chi2 = ((counts - N / 256) ** 2 / (N / 256)).sum().item()
+        assert abs(chi2 - 255) / math.sqrt(2 * 255) < Z
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -77,12 +64,24 @@ def test_masks_of_other_steps_parameters_and_seeds_are_independent(p, other):
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("distance", [1, 2, 31, 32, 33, 64, 96, 127, 128, 129, 256])
+@pytest.mark.parametrize("distance", [1, 2, 3, 31, 32, 33, 64, 96, 127, 128, 129, 256])
 def test_elements_are_independent(p, distance):
-    """The halves of one word or of its neighbour (1), neighbouring counters (2), the words of one counter (32, 64, 96),
-    the same place of neighbouring tiles (128)."""
+    """Neighbours; the same lane of the words of a tile (32, 64, 96); the same place of neighbouring tiles (128)."""
     bits = mask(p)
     assert abs(z_of_agreement(bits[:-distance], bits[distance:], 1 - p)) < Z
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_the_two_halves_of_a_word_are_independent(p):
+    """Of masks, and of the numbers themselves: their correlation, and a chi-square over 16 x 16 cells."""
+    bits = mask(p)
+    assert abs(z_of_agreement(bits[0::2], bits[1::2], 1 - p)) < Z
+    low, high = mask_stream.element_random(torch.arange(N), **AT).double().view(-1, 2).unbind(1)
+    products = (low / 2**16 - 0.5) * (high / 2**16 - 0.5)  # variance 1 / 144
+    assert abs(products.mean().item()) < Z / 12 / math.sqrt(N / 2)
+    cells = torch.bincount((low // 4096 * 16 + high // 4096).long(), minlength=256).double()
+    chi2 = ((cells - N / 512) ** 2 / (N / 512)).sum().item()
+    assert abs(chi2 - 255) / math.sqrt(2 * 255) < Z
 
 
 def test_every_place_in_a_tile_keeps_its_share():
@@ -91,26 +90,15 @@ def test_every_place_in_a_tile_keeps_its_share():
     assert z.abs().max() < Z
 
 
-def test_purposes_give_unrelated_numbers():
-    """The same seed, draw and id, for elements, for blocks, for a layer, for rounding."""
-    count = 40_000
-    elements = mask_stream.element_random(torch.arange(count), **AT)
-    blocks = mask_stream.block_random(torch.arange(0, 128 * count, 128), 128, **AT)
-    rounding = [
-        mask_stream.element_random(torch.arange(count), **AT, purpose=purpose)
-        for purpose in mask_stream.Purpose
-        if purpose.name.startswith("ROUND")
-    ]
-    assert len(rounding) == 3
-    bits = [random < 2**15 for random in (elements, blocks, *rounding)]
-    for i, a in enumerate(bits):
-        for b in bits[:i]:
-            assert abs(z_of_agreement(a, b, 0.5)) < Z
-    # one number each of many draws
-    draws = [{**AT, "draw": draw} for draw in range(2000)]
-    layer = torch.tensor([mask_stream.layer_random(**at) for at in draws])
-    first = torch.cat([mask_stream.element_random(torch.zeros(1, dtype=torch.int64), **at) for at in draws])
-    assert abs(z_of_agreement(layer < 2**15, first < 2**15, 0.5)) < Z
+def test_purposes_are_independent():
+    """The same seed, draw and stream id give unrelated numbers for elements, blocks and each kind of rounding."""
+    index = torch.arange(20_000)
+    drawn = {purpose: mask_stream.element_random(index, **AT, purpose=purpose) for purpose in (0, 4, 5, 6)}
+    drawn["blocks"] = mask_stream.block_random(index * 128, 128, **AT)
+    names = list(drawn)
+    for i, first in enumerate(names):
+        for second in names[:i]:
+            assert abs(z_of_agreement(drawn[first] < 2**15, drawn[second] < 2**15, 0.5)) < Z
 
 
 def test_layer_draws():
@@ -124,7 +112,7 @@ def test_layer_draws():
     assert abs(z_of_agreement(kept[1:], kept[:-1], 0.7)) < Z
 
 
-@pytest.mark.parametrize("block", [2, 7, 128, 384])
+@pytest.mark.parametrize("block", [2, 23, 128, 384])
 def test_block_masks(block):
     blocks = 6000
     bits = mask(0.4, blocks * block - block // 2, block=block)  # the last block is short
@@ -132,7 +120,7 @@ def test_block_masks(block):
     assert torch.equal(whole.all(1), whole.any(1))  # one decision for a block
     assert bits[(blocks - 1) * block :].unique().numel() == 1
     assert abs(z_of_share(whole[:, 0], 0.6)) < Z
-    for distance in (1, 2, 4, 6, 8):
+    for distance in (1, 2, 3, 4, 7, 8):
         assert abs(z_of_agreement(whole[:-distance, 0], whole[distance:, 0], 0.6)) < Z
     assert not torch.equal(bits, mask(0.4, bits.numel(), block=block, draw=4))
 

@@ -1,157 +1,79 @@
-"""The three kernels: load, mask, update, store.
+"""The two kernels: a step of any rule, and packing. Both load, mask, compute and store in passes over a chunk.
 
-A program takes one chunk (CHUNK consecutive elements of one tensor, in its local row-major order). Passes of TILES
-whole tiles take the fast branch where everything lies as 16-byte accesses and the mask stream need it; the rest
-(tails, odd offsets, unaligned views, strided layouts) takes the general branch, one counter per element.
+A program takes one chunk: CHUNK consecutive elements of one tensor. Three kinds of pass share it (forms of draw.py):
+
+- *tiles*, where memory is linear, 16-byte aligned and begins on a tile of the mask stream;
+- *lanes*, where memory is linear: tails, short tensors, views and shards at odd places, blocks that tiles do not fit;
+- *elements*, whatever the strides.
+
+A rule is a module with a jitted ``update(p, g, states, factors)`` on loaded values; RULE is that function.
 """
 
 import triton
 import triton.language as tl
 
-from .adamw import hyperparameters, takes_grad, update, writes_param, writes_state
-from .mask import (
-    TILE,
+from .draw import (
     elements_kept,
-    elements_noise,
     kept_at,
+    lanes_kept,
     mask_numbers,
     only_one,
     resolve_kind,
-    side_by_side,
-    tile_offsets,
     tiles_kept,
-    tiles_noise,
     tiles_words,
     whole_tiles_kept,
 )
+from .effects import takes_grad, writes_param, writes_state
+from .gaussian import elements_noise, lanes_noise, tiles_noise
+from .memory import aligned, chunk_at, is_linear, load_tiles, locate, pointer, store_tiles
 from .tables import (
+    BLOCK,
     BLOCK_BIT,
+    BLOCK_SIZE,
     DROP,
     EFFECT,
-    EXP_AVG,
-    EXP_AVG_SQ,
+    FACTOR,
     FREEZE,
     GAUSSIAN,
     GAUSSIAN_BIT,
-    GLOBAL_STRIDE,
     GRAD,
-    GRAD_STRIDE,
-    GRADIENT,
+    GRAD_FACTOR,
     INTEGERS,
-    LAYOUT,
     MASK_KIND,
-    MAX_EXP_AVG_SQ,
-    NDIM,
     NOISE_STD,
-    NUMEL,
     OFFSET,
+    PACKED_BIT,
     PACKED_WORDS,
     PARAM,
-    PARAM_STRIDE,
     REALS,
-    RESCALE,
-    SIZE,
+    STATE,
+    TILE,
     UPDATE,
 )
 
 
-@triton.jit
-def chunk_at(chunks, layout, CHUNK: tl.constexpr):
-    """This program's (tensor, its layout row, first and last + 1 local element)."""
-    entry = chunks + 2 * tl.program_id(0).to(tl.int64)
-    tensor, start = tl.load(entry), tl.multiple_of(tl.load(entry + 1), TILE)
-    row = layout + tensor * LAYOUT
-    return tensor, row, start, tl.minimum(start + CHUNK, tl.load(row + NUMEL))
-
-
-@triton.jit
-def is_linear(row, STRIDE: tl.constexpr):
-    """One dimension, stride 1. (An empty or one-element tensor has no dimension, and no whole pass either.)"""
-    return (tl.load(row + NDIM) == 1) & (tl.load(row + STRIDE) == 1)
-
-
-@triton.jit
-def starts_on_tile(row):
-    return (tl.load(row + OFFSET) % TILE == 0) & is_linear(row, GLOBAL_STRIDE)
-
-
-@triton.jit
-def pointer(entry, dtype: tl.constexpr):
-    """The pointer that a layout table's ``entry`` holds."""
-    return tl.load(entry).to(tl.pointer_type(dtype))
-
-
-@triton.jit
-def aligned(entry, dtype: tl.constexpr):
-    """The same, to be accessed 16 bytes at a time: the compiler takes the hint only after the cast."""
-    return tl.multiple_of(tl.load(entry).to(tl.pointer_type(dtype)), 16)
-
-
-@triton.jit
-def load_tiles(ptr, mask, other, TILES: tl.constexpr, VECTOR: tl.constexpr):
-    """[TILES, PARTS, VECTOR] at ``ptr``, 16 bytes at a time: where VECTOR elements are more, in two halves."""
-    WIDTH: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-    if WIDTH >= VECTOR:
-        return tl.load(ptr + tile_offsets(TILES, VECTOR, VECTOR), mask=mask, other=other)
-    else:
-        near = tl.load(ptr + tile_offsets(TILES, VECTOR, WIDTH), mask=mask, other=other)
-        far = tl.load(ptr + WIDTH + tile_offsets(TILES, VECTOR, WIDTH), mask=mask, other=other)
-        return side_by_side(near, far, TILES, VECTOR)
-
-
-@triton.jit
-def store_tiles(ptr, values, mask, TILES: tl.constexpr, VECTOR: tl.constexpr):
-    WIDTH: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-    if WIDTH >= VECTOR:
-        tl.store(ptr + tile_offsets(TILES, VECTOR, VECTOR), values, mask=mask)
-    else:
-        near, far = values.reshape(TILES, 32 // VECTOR, 2, WIDTH).permute(0, 1, 3, 2).split()
-        tl.store(ptr + tile_offsets(TILES, VECTOR, WIDTH), near, mask=mask)
-        tl.store(ptr + WIDTH + tile_offsets(TILES, VECTOR, WIDTH), far, mask=mask)
-
-
-@triton.jit
-def has_grad(row, kind, effect):
-    """A gradient that is absent, or dropped as a whole, is not read."""
-    return (tl.load(row + GRAD) != 0) & ((kind != DROP) | (effect == UPDATE))
-
-
-@triton.jit
-def noise_std(kind, effect, reals, dtype: tl.constexpr):
-    return tl.where((kind == GAUSSIAN) & (effect != UPDATE), tl.load(reals + NOISE_STD), 0.0).to(dtype)
-
-
-@triton.jit
-def locate(local, row, STRIDE: tl.constexpr):
-    """Local row-major indices (int64) -> memory offsets or, with GLOBAL_STRIDE, steps of the global index."""
-    offset = tl.zeros_like(local)
-    rest = local
-    for outer in range(1, tl.load(row + NDIM)):
-        d = tl.load(row + NDIM) - outer
-        size = tl.load(row + SIZE + d)
-        offset += rest % size * tl.load(row + STRIDE + d)
-        rest = rest // size
-    return offset + rest * tl.load(row + STRIDE)
-
-
 @triton.jit(do_not_specialize=["seed"])
-def adamw_kernel(
-    chunks,  # (programs, 2), int64: tensor, first local element
-    layout,  # (tensors, 33), int64: contract.Layout
+def update_kernel(
+    chunks,  # (programs, 2), int64: tensor, first element
+    layout,  # (tensors, 45), int64: device_rows.DeviceRow
     integers,  # (tensors, 7), int64: contract.Integer
-    reals,  # (tensors, 9), float64: contract.Real
+    reals,  # (tensors, 8), float64: contract.Real
     seed: tl.uint64,
     grad_scale,  # one float, or None without AMP
     found_inf,  # one float, or None without AMP
+    RULE: tl.constexpr,
+    STATES: tl.constexpr,  # tensors of state
+    FACTORS: tl.constexpr,  # numbers that the rule takes
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
     KINDS: tl.constexpr,  # bit k: Mask k may occur; this and the next but for tensors that are left alone
     EFFECTS: tl.constexpr,  # bit k: Effect k may occur
-    AMSGRAD: tl.constexpr,  # some tensor has a max_exp_avg_sq
-    TILES: tl.constexpr,  # of a fast pass
-    VECTOR: tl.constexpr,  # consecutive elements of a thread
-    GENERAL: tl.constexpr,  # elements of a general pass: one per thread
+    INDEX_BITS: tl.constexpr,  # of indices in passes of elements; 0: every tensor is linear
+    TILES: tl.constexpr,  # of a pass of tiles
+    VECTOR: tl.constexpr,  # consecutive elements of a thread in it
+    LANES: tl.constexpr,  # tiles of a pass of lanes
+    ELEMENTS: tl.constexpr,  # of a pass of elements
     CHUNK: tl.constexpr,  # elements of a program
 ):
     if found_inf is not None:
@@ -169,49 +91,58 @@ def adamw_kernel(
     if (kind == DROP) & (effect == FREEZE):
         return
 
-    pointers = tl.load(row + PARAM) | tl.load(row + GRAD) | tl.load(row + EXP_AVG) | tl.load(row + EXP_AVG_SQ)
-    pointers |= tl.load(row + MAX_EXP_AVG_SQ) | tl.load(row + PACKED_WORDS)
-    fast = starts_on_tile(row) & is_linear(row, PARAM_STRIDE) & is_linear(row, GRAD_STRIDE) & (pointers % 16 == 0)
+    linear = is_linear(row)
+    if INDEX_BITS != 0:
+        if not linear:
+            update_elements(
+                start, stop, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
+                PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, INDEX_BITS, ELEMENTS,
+            )  # fmt: skip
+            return
+    pointers = tl.load(row + PARAM) | tl.load(row + GRAD) | tl.load(row + PACKED_WORDS)
+    for k in tl.static_range(STATES):
+        pointers |= tl.load(row + STATE + k)
+    fast = (pointers % 16 == 0) & (tl.load(row + OFFSET) % TILE == 0)
+    if BLOCK_BIT & KINDS:
+        fast &= (kind != BLOCK) | (tl.load(integers + BLOCK_SIZE) % TILE == 0)
     middle = start + tl.where(fast, (stop - start) // (TILES * TILE) * (TILES * TILE), 0)
 
-    # the tail first: it needs fewer registers, and nothing of it stays in them during the fast passes
-    adamw_elements(
-        middle, stop, row, integers, reals, kind, effect, seed, grad_scale,
-        PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, AMSGRAD, GENERAL,
+    # the tail first: it needs fewer registers, and nothing of it stays in them during the passes of tiles
+    update_lanes(
+        middle, stop, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
+        PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, LANES,
     )  # fmt: skip
-    adamw_tiles(
-        start, middle, row, integers, reals, kind, effect, seed, grad_scale,
-        PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, AMSGRAD, TILES, VECTOR,
+    update_tiles(
+        start, middle, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
+        PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, TILES, VECTOR,
     )  # fmt: skip
 
 
-# The two branches load their numbers each for itself: what stayed in registers across the first would lower the
-# occupancy of both.
+# The passes load their numbers each for itself: what stayed in registers across one would lower the occupancy of all.
 
 
 @triton.jit
-def adamw_tiles(
+def update_tiles(
     start, stop, row, integers, reals, kind, effect, seed, grad_scale,
+    RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
-    AMSGRAD: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr,
+    TILES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = tl.float64 if PARAM_DTYPE == tl.float64 else tl.float32
-    factors = hyperparameters(reals, effect, grad_scale, dtype)
-    lo, span, block, draw, stream = mask_numbers(integers)
+    dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
+    factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
+    window, block, key = mask_numbers(integers, seed)
     offset = tl.load(row + OFFSET)
     p_ptr, g_ptr = aligned(row + PARAM, PARAM_DTYPE), aligned(row + GRAD, GRAD_DTYPE)
-    m_ptr, v_ptr = aligned(row + EXP_AVG, STATE_DTYPE), aligned(row + EXP_AVG_SQ, STATE_DTYPE)
-    vmax_ptr, has_vmax = aligned(row + MAX_EXP_AVG_SQ, STATE_DTYPE), tl.load(row + MAX_EXP_AVG_SQ) != 0
+    state_ptrs = ()
+    for k in tl.static_range(STATES):
+        state_ptrs = state_ptrs + (aligned(row + STATE + k, STATE_DTYPE),)
     packed = aligned(row + PACKED_WORDS, tl.int32)
     reads_grad = has_grad(row, kind, effect)
-    std = noise_std(kind, effect, reals, dtype)
 
     for first in range(start, stop, TILES * TILE):
         first = tl.multiple_of(first, TILE)
-        whole = whole_tiles_kept(kind, offset + first, lo, span, block, draw, stream, seed, KINDS, TILES)
-        bits = tiles_kept(
-            kind, whole, offset + first, packed + first // 32, lo, span, draw, stream, seed, KINDS, TILES, VECTOR
-        )
+        whole = whole_tiles_kept(kind, offset + first, block, window, key, KINDS, TILES)
+        bits = tiles_kept(kind, whole, offset + first, packed + first // 32, window, key, KINDS, TILES, VECTOR)
         whole = whole[:, :, None]
         live, any_live = tl.full([TILES, 1, 1], True, tl.int1), True
         if BLOCK_BIT & KINDS:
@@ -220,134 +151,153 @@ def adamw_tiles(
             any_live = tl.max(live.to(tl.int32).reshape(TILES), 0) != 0
         if any_live:
             grad_live = tl.where(reads_grad, takes_grad(whole, effect), False)
-            vmax_live = tl.where(has_vmax, live, False)
             if GAUSSIAN_BIT & KINDS:
-                noise = tiles_noise(offset + first, draw, stream, seed, TILES, VECTOR)
+                noise = tiles_noise(offset + first, key, TILES, VECTOR)
             for w in tl.static_range(4):
                 at = first + w * 32
                 kept = kept_at(bits, w, VECTOR)
                 p_raw = load_tiles(p_ptr + at, live, None, TILES, VECTOR)
                 g = load_tiles(g_ptr + at, grad_live, 0, TILES, VECTOR).to(dtype)
-                m_raw = load_tiles(m_ptr + at, live, None, TILES, VECTOR)
-                v_raw = load_tiles(v_ptr + at, live, None, TILES, VECTOR)
-                vmax_raw = v_raw
-                if AMSGRAD:
-                    vmax_raw = load_tiles(vmax_ptr + at, vmax_live, None, TILES, VECTOR)
+                old, states = (), ()
+                for k in tl.static_range(STATES):
+                    old = old + (load_tiles(state_ptrs[k] + at, live, None, TILES, VECTOR),)
+                    states = states + (old[k].to(dtype),)
                 if GAUSSIAN_BIT & KINDS:
                     g = g * (1 + std * noise[w])
-                p, m, v, vmax = update(
-                    p_raw.to(dtype), g, m_raw.to(dtype), v_raw.to(dtype), vmax_raw.to(dtype),
-                    factors, takes_grad(kept, effect), has_vmax, AMSGRAD,
-                )  # fmt: skip
+                g = tl.where(takes_grad(kept, effect), g * grad_factor, 0.0)
+                p, states = RULE(p_raw.to(dtype), g, states, factors)
                 # a select of the raw values: a frozen element keeps its bits, and the store its full width
                 p = tl.where(writes_param(kept, effect), p.to(PARAM_DTYPE), p_raw)
-                m = tl.where(writes_state(kept, effect), m.to(STATE_DTYPE), m_raw)
-                v = tl.where(writes_state(kept, effect), v.to(STATE_DTYPE), v_raw)
                 store_tiles(p_ptr + at, p, live, TILES, VECTOR)
-                store_tiles(m_ptr + at, m, live, TILES, VECTOR)
-                store_tiles(v_ptr + at, v, live, TILES, VECTOR)
-                if AMSGRAD:
-                    vmax = tl.where(writes_state(kept, effect), vmax.to(STATE_DTYPE), vmax_raw)
-                    store_tiles(vmax_ptr + at, vmax, vmax_live, TILES, VECTOR)
+                for k in tl.static_range(STATES):
+                    new = tl.where(writes_state(kept, effect), states[k].to(STATE_DTYPE), old[k])
+                    store_tiles(state_ptrs[k] + at, new, live, TILES, VECTOR)
 
 
 @triton.jit
-def adamw_elements(
+def update_lanes(
     start, stop, row, integers, reals, kind, effect, seed, grad_scale,
+    RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
-    AMSGRAD: tl.constexpr, GENERAL: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = tl.float64 if PARAM_DTYPE == tl.float64 else tl.float32
-    has_vmax = tl.load(row + MAX_EXP_AVG_SQ) != 0
-    for base in range(start, stop, GENERAL):
-        local = base + tl.arange(0, GENERAL)
-        inside = local < stop
-        index = tl.load(row + OFFSET) + locate(local, row, GLOBAL_STRIDE)
-        kept = elements_kept(kind, local, inside, index, pointer(row + PACKED_WORDS, tl.int32), integers, seed, KINDS)
-        state_live = inside & writes_state(kept, effect)
-        vmax_live = tl.where(has_vmax, state_live, False)
-        at = locate(local, row, PARAM_STRIDE)
-        p_ptr, m_ptr = pointer(row + PARAM, PARAM_DTYPE) + at, pointer(row + EXP_AVG, STATE_DTYPE) + at
-        v_ptr = pointer(row + EXP_AVG_SQ, STATE_DTYPE) + at
-        vmax_ptr = pointer(row + MAX_EXP_AVG_SQ, STATE_DTYPE) + at
-        g_ptr = pointer(row + GRAD, GRAD_DTYPE) + locate(local, row, GRAD_STRIDE)
-        grad_live = tl.where(has_grad(row, kind, effect), state_live, False)
-        p = tl.load(p_ptr, mask=state_live, other=0).to(dtype)
-        g = tl.load(g_ptr, mask=grad_live, other=0).to(dtype)
-        m = tl.load(m_ptr, mask=state_live, other=0).to(dtype)
-        v = tl.load(v_ptr, mask=state_live, other=0).to(dtype)
-        vmax = v
-        if AMSGRAD:
-            vmax = tl.load(vmax_ptr, mask=vmax_live, other=0).to(dtype)
-        if GAUSSIAN_BIT & KINDS:
-            g = g * (1 + noise_std(kind, effect, reals, dtype) * elements_noise(index, integers, seed))
-        factors = hyperparameters(reals, effect, grad_scale, dtype)
-        p, m, v, vmax = update(p, g, m, v, vmax, factors, takes_grad(kept, effect), has_vmax, AMSGRAD)
-        tl.store(p_ptr, p.to(PARAM_DTYPE), mask=inside & writes_param(kept, effect))
-        tl.store(m_ptr, m.to(STATE_DTYPE), mask=state_live)
-        tl.store(v_ptr, v.to(STATE_DTYPE), mask=state_live)
-        if AMSGRAD:
-            tl.store(vmax_ptr, vmax.to(STATE_DTYPE), mask=vmax_live)
+    dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
+    factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
+    window, block, key = mask_numbers(integers, seed)
+    # from here on everything is counted from the chunk's part of the tensor, in 32 bits
+    count, index = (stop - start).to(tl.int32), tl.load(row + OFFSET) + start
+    p_ptr, g_ptr = pointer(row + PARAM, PARAM_DTYPE) + start, pointer(row + GRAD, GRAD_DTYPE) + start
+    state_ptrs = ()
+    for k in tl.static_range(STATES):
+        state_ptrs = state_ptrs + (pointer(row + STATE + k, STATE_DTYPE) + start,)
+    packed = pointer(row + PACKED_WORDS, tl.int32) + start // 32
+    reads_grad = has_grad(row, kind, effect)
+    into_tile = (index % TILE).to(tl.int32)
 
-
-@triton.jit(do_not_specialize=["seed"])
-def mask_grads_kernel(
-    chunks,
-    layout,
-    integers,
-    reals,
-    seed: tl.uint64,
-    GRAD_DTYPE: tl.constexpr,
-    KINDS: tl.constexpr,
-    TILES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    GENERAL: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Arguments as :func:`adamw_kernel`'s."""
-    tensor, row, start, stop = chunk_at(chunks, layout, CHUNK)
-    integers += tensor * INTEGERS
-    reals += tensor * REALS
-    seed = seed.to(tl.uint64)
-    kind = resolve_kind(tl.load(integers + MASK_KIND), integers, seed, KINDS)
-    if tl.load(row + GRAD) == 0:
-        return
-    dtype: tl.constexpr = tl.float64 if GRAD_DTYPE == tl.float64 else tl.float32
-    rescale = tl.load(reals + RESCALE).to(dtype)
-    lo, span, block, draw, stream = mask_numbers(integers)
-    offset = tl.load(row + OFFSET)
-
-    fast = starts_on_tile(row) & is_linear(row, GRAD_STRIDE)
-    fast &= (tl.load(row + GRAD) | tl.load(row + PACKED_WORDS)) % 16 == 0
-    middle = start + tl.where(fast, (stop - start) // (TILES * TILE) * (TILES * TILE), 0)
-    g_ptr, packed = aligned(row + GRAD, GRAD_DTYPE), aligned(row + PACKED_WORDS, tl.int32)
-    std = noise_std(kind, GRADIENT, reals, dtype)
-    for first in range(start, middle, TILES * TILE):
-        first = tl.multiple_of(first, TILE)
-        whole = whole_tiles_kept(kind, offset + first, lo, span, block, draw, stream, seed, KINDS, TILES)
-        bits = tiles_kept(
-            kind, whole, offset + first, packed + first // 32, lo, span, draw, stream, seed, KINDS, TILES, VECTOR
+    for base in range(-into_tile, count, LANES * TILE):
+        offset = base + tl.arange(0, LANES)[:, None] * TILE + tl.arange(0, 32)[None, :]
+        inside = (
+            in_range(offset, count),
+            in_range(offset + 32, count),
+            in_range(offset + 64, count),
+            in_range(offset + 96, count),
         )
+        bits = lanes_kept(kind, offset, inside, index + base, index, packed, block, window, key, KINDS, LANES)
         if GAUSSIAN_BIT & KINDS:
-            noise = tiles_noise(offset + first, draw, stream, seed, TILES, VECTOR)
+            noise = lanes_noise(index + base, key, LANES)
         for w in tl.static_range(4):
-            at = g_ptr + first + w * 32
-            g = load_tiles(at, whole[:, :, None], 0, TILES, VECTOR).to(dtype) * rescale
+            factor = grad_factor
             if GAUSSIAN_BIT & KINDS:
-                g = g * (1 + std * noise[w])
-            g = tl.where(kept_at(bits, w, VECTOR), g, 0.0).to(GRAD_DTYPE)
-            store_tiles(at, g, None, TILES, VECTOR)
+                factor = (1 + std * noise[w]) * grad_factor
+            at = offset + 32 * w
+            update_at(
+                p_ptr + at, g_ptr + at, state_ptrs, at, inside[w], (bits >> w) & 1 != 0, reads_grad, effect,
+                factor, factors, RULE, STATES, dtype,
+            )  # fmt: skip
 
-    for base in range(middle, stop, GENERAL):
-        local = base + tl.arange(0, GENERAL)
-        inside = local < stop
-        index = offset + locate(local, row, GLOBAL_STRIDE)
-        kept = elements_kept(kind, local, inside, index, pointer(row + PACKED_WORDS, tl.int32), integers, seed, KINDS)
-        at = pointer(row + GRAD, GRAD_DTYPE) + locate(local, row, GRAD_STRIDE)
-        g = tl.load(at, mask=inside & kept, other=0).to(dtype) * rescale
+
+@triton.jit
+def update_elements(
+    start, stop, row, integers, reals, kind, effect, seed, grad_scale,
+    RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
+    INDEX_BITS: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
+    factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
+    window, block, key = mask_numbers(integers, seed)
+    offset = tl.load(row + OFFSET)
+    p_ptr, g_ptr = pointer(row + PARAM, PARAM_DTYPE), pointer(row + GRAD, GRAD_DTYPE)
+    state_ptrs = ()
+    for k in tl.static_range(STATES):
+        state_ptrs = state_ptrs + (pointer(row + STATE + k, STATE_DTYPE),)
+    packed = pointer(row + PACKED_WORDS, tl.int32)
+    reads_grad = has_grad(row, kind, effect)
+
+    for base in range(start, stop, ELEMENTS):
+        position = base + tl.arange(0, ELEMENTS)
+        inside = position < stop
+        if INDEX_BITS == 32:
+            position = position.to(tl.int32)
+        p_at, g_at, steps, local = locate(position, row, PACKED_BIT & KINDS)
+        index = (offset + steps).to(tl.uint64)
+        kept = elements_kept(kind, local, inside, index, packed, block, window, key, KINDS)
+        factor = grad_factor
         if GAUSSIAN_BIT & KINDS:
-            g = g * (1 + noise_std(kind, GRADIENT, reals, dtype) * elements_noise(index, integers, seed))
-        tl.store(at, tl.where(kept, g, 0.0).to(GRAD_DTYPE), mask=inside)
+            factor = (1 + std * elements_noise(index, key)) * grad_factor
+        update_at(
+            p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, inside, kept, reads_grad, effect,
+            factor, factors, RULE, STATES, dtype,
+        )  # fmt: skip
+
+
+@triton.jit
+def update_at(
+    p_ptr, g_ptr, state_ptrs, at, inside, kept, reads_grad, effect, grad_factor, factors,
+    RULE: tl.constexpr, STATES: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """An element for each of the pointers ``p_ptr``; the states' are offset by ``at``."""
+    live = inside & writes_state(kept, effect)
+    grad_live = tl.where(reads_grad, inside & takes_grad(kept, effect), False)
+    p = tl.load(p_ptr, mask=live, other=0).to(dtype)
+    g = tl.load(g_ptr, mask=grad_live, other=0).to(dtype)
+    states = ()
+    for k in tl.static_range(STATES):
+        states = states + (tl.load(state_ptrs[k] + at, mask=live, other=0).to(dtype),)
+    p, states = RULE(p, g * grad_factor, states, factors)
+    tl.store(p_ptr, p.to(p_ptr.dtype.element_ty), mask=inside & writes_param(kept, effect))
+    for k in tl.static_range(STATES):
+        tl.store(state_ptrs[k] + at, states[k].to(state_ptrs[k].dtype.element_ty), mask=live)
+
+
+@triton.constexpr_function
+def arithmetic(param_dtype):
+    return tl.float64 if param_dtype == tl.float64 else tl.float32
+
+
+@triton.jit
+def numbers(reals, kind, effect, grad_scale, FACTORS: tl.constexpr, dtype: tl.constexpr):
+    """A tensor's row of Batch.reals -> (the rule's factors, the gradient's, the noise's deviation), rounded once."""
+    factors = ()
+    for k in tl.static_range(FACTORS):
+        factors = factors + (tl.load(reals + FACTOR + k).to(dtype),)
+    grad_factor = tl.load(reals + GRAD_FACTOR)
+    if grad_scale is not None:
+        grad_factor = grad_factor / tl.load(grad_scale).to(tl.float64)
+    std = tl.where((kind == GAUSSIAN) & (effect != UPDATE), tl.load(reals + NOISE_STD), 0.0)
+    return factors, grad_factor.to(dtype), std.to(dtype)
+
+
+@triton.jit
+def has_grad(row, kind, effect):
+    """A gradient that is absent, or dropped as a whole, is not read."""
+    return (tl.load(row + GRAD) != 0) & ((kind != DROP) | (effect == UPDATE))
+
+
+@triton.jit
+def in_range(offset, count):
+    """0 <= offset < count (int32), in one comparison."""
+    return offset.to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -357,35 +307,43 @@ def pack_kernel(
     integers,
     seed: tl.uint64,
     KINDS: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
     TILES: tl.constexpr,
-    GENERAL: tl.constexpr,
+    ELEMENTS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Arguments as :func:`adamw_kernel`'s."""
+    """Arguments as :func:`update_kernel`'s; the layout's dimensions are in row-major order."""
     tensor, row, start, stop = chunk_at(chunks, layout, CHUNK)
     integers += tensor * INTEGERS
     seed = seed.to(tl.uint64)
     kind = resolve_kind(tl.load(integers + MASK_KIND), integers, seed, KINDS)
-    lo, span, block, draw, stream = mask_numbers(integers)
+    window, block, key = mask_numbers(integers, seed)
     offset = tl.load(row + OFFSET)
 
-    fast = starts_on_tile(row) & (tl.load(row + PACKED_WORDS) % 16 == 0)
+    fast = is_linear(row) & (offset % TILE == 0) & (tl.load(row + PACKED_WORDS) % 16 == 0)
+    if BLOCK_BIT & KINDS:
+        fast &= (kind != BLOCK) | (block % TILE == 0)
     middle = start + tl.where(fast, (stop - start) // (TILES * TILE) * (TILES * TILE), 0)
     packed = aligned(row + PACKED_WORDS, tl.int32)
     for first in range(start, middle, TILES * TILE):
         first = tl.multiple_of(first, TILE)
-        whole = whole_tiles_kept(kind, offset + first, lo, span, block, draw, stream, seed, KINDS, TILES)
-        words = tiles_words(kind, whole, offset + first, lo, span, draw, stream, seed, KINDS, TILES)
+        whole = whole_tiles_kept(kind, offset + first, block, window, key, KINDS, TILES)
+        words = tiles_words(kind, whole, offset + first, window, key, KINDS, TILES)
         at = first // 32 + tl.arange(0, TILES)[:, None] * 4 + tl.arange(0, 4)[None, :]
         tl.store(packed + at, words)
 
-    WORDS: tl.constexpr = GENERAL // 32
+    WORDS: tl.constexpr = ELEMENTS // 32
     packed = pointer(row + PACKED_WORDS, tl.int32)  # not aligned here
-    for base in range(middle, stop, GENERAL):
-        local = base + tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]
-        inside = local < stop
-        index = offset + locate(local, row, GLOBAL_STRIDE)
-        kept = inside & elements_kept(kind, local, inside, index, packed, integers, seed, KINDS)
+    for base in range(middle, stop, ELEMENTS):
+        position = base + tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        inside = position < stop
+        steps = position
+        if INDEX_BITS == 32:
+            position = position.to(tl.int32)
+        if INDEX_BITS != 0:
+            _, _, steps, _ = locate(position, row, False)
+        index = (offset + steps).to(tl.uint64)
+        kept = inside & elements_kept(kind, position, inside, index, packed, block, window, key, KINDS)
         words = tl.sum(kept.to(tl.int32) << tl.arange(0, 32)[None, :], 1)
         first_bits = base + tl.arange(0, WORDS) * 32
         tl.store(packed + first_bits // 32, words, mask=first_bits < stop)

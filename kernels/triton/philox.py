@@ -26,7 +26,8 @@ def philox4x32(c0, c1, c2, c3, seed):
 
 
 @triton.jit
-def words_at(index, purpose: tl.constexpr, draw, stream, seed):
-    """The four words of the mask stream at 56-bit counter indices ``index`` (int64)."""
-    c1 = (index >> 32).to(tl.uint32) | (purpose << 24)
-    return philox4x32(index.to(tl.uint32), c1, draw, stream, seed)
+def words_at(index, purpose: tl.constexpr, key):
+    """The four words of the mask stream at 40-bit counter indices ``index`` (int64). ``key``: of draw.mask_numbers."""
+    draw, id_low, id_high, seed = key
+    c1 = (index >> 32).to(tl.uint32) | (id_high | purpose << 8)
+    return philox4x32(index.to(tl.uint32), c1, draw, id_low, seed)

@@ -2,7 +2,18 @@
 
 import triton.language as tl
 
-from ...contract import MAX_DIMS, Effect, Integer, Layout, Mask, Real
+from ...contract import Effect, Integer, Mask, Real
+from ...device_rows import DeviceRow
+from ...mask_stream import TILE as _TILE
+from ...mask_stream import Purpose
+
+TILE = tl.constexpr(_TILE)
+
+# Purpose
+FOR_ELEMENT = tl.constexpr(int(Purpose.ELEMENT))
+FOR_LAYER = tl.constexpr(int(Purpose.LAYER))
+FOR_GAUSSIAN = tl.constexpr(int(Purpose.GAUSSIAN))
+FOR_BLOCK = tl.constexpr(int(Purpose.BLOCK))
 
 # Mask
 KEEP = tl.constexpr(int(Mask.KEEP))
@@ -30,36 +41,29 @@ INTEGERS = tl.constexpr(len(Integer))
 MASK_KIND = tl.constexpr(int(Integer.MASK))
 EFFECT = tl.constexpr(int(Integer.EFFECT))
 DRAW = tl.constexpr(int(Integer.DRAW))
-STREAM = tl.constexpr(int(Integer.STREAM))
+STREAM_ID = tl.constexpr(int(Integer.STREAM_ID))
 LO = tl.constexpr(int(Integer.LO))
 SPAN = tl.constexpr(int(Integer.SPAN))
 BLOCK_SIZE = tl.constexpr(int(Integer.BLOCK))
 
 # Columns of Batch.reals
-REALS = tl.constexpr(len(Real))
-SIGN = tl.constexpr(int(Real.SIGN))
-RESCALE = tl.constexpr(int(Real.RESCALE))
+REALS = tl.constexpr(Real.columns())
+GRAD_FACTOR = tl.constexpr(int(Real.GRAD_FACTOR))
 NOISE_STD = tl.constexpr(int(Real.NOISE_STD))
-DECAY = tl.constexpr(int(Real.DECAY))
-STEP_SIZE = tl.constexpr(int(Real.STEP_SIZE))
-BETA1 = tl.constexpr(int(Real.BETA1))
-BETA2 = tl.constexpr(int(Real.BETA2))
-EPS = tl.constexpr(int(Real.EPS))
-BIAS_CORRECTION2_SQRT = tl.constexpr(int(Real.BIAS_CORRECTION2_SQRT))
+FACTOR = tl.constexpr(int(Real.FACTOR))
 
-# Columns of the layout table
-LAYOUT = tl.constexpr(Layout.columns())
-DIMS = tl.constexpr(MAX_DIMS)
-PARAM = tl.constexpr(int(Layout.PARAM))
-GRAD = tl.constexpr(int(Layout.GRAD))
-EXP_AVG = tl.constexpr(int(Layout.EXP_AVG))
-EXP_AVG_SQ = tl.constexpr(int(Layout.EXP_AVG_SQ))
-MAX_EXP_AVG_SQ = tl.constexpr(int(Layout.MAX_EXP_AVG_SQ))
-PACKED_WORDS = tl.constexpr(int(Layout.PACKED))
-NUMEL = tl.constexpr(int(Layout.NUMEL))
-OFFSET = tl.constexpr(int(Layout.OFFSET))
-NDIM = tl.constexpr(int(Layout.NDIM))
-SIZE = tl.constexpr(int(Layout.SIZE))
-PARAM_STRIDE = tl.constexpr(int(Layout.PARAM_STRIDE))
-GRAD_STRIDE = tl.constexpr(int(Layout.GRAD_STRIDE))
-GLOBAL_STRIDE = tl.constexpr(int(Layout.GLOBAL_STRIDE))
+# Columns of the layout table as it is on a device
+ROW = tl.constexpr(DeviceRow.columns())
+PARAM = tl.constexpr(int(DeviceRow.PARAM))
+GRAD = tl.constexpr(int(DeviceRow.GRAD))
+STATE = tl.constexpr(int(DeviceRow.STATE))
+PACKED_WORDS = tl.constexpr(int(DeviceRow.PACKED))
+NUMEL = tl.constexpr(int(DeviceRow.NUMEL))
+OFFSET = tl.constexpr(int(DeviceRow.OFFSET))
+NDIM = tl.constexpr(int(DeviceRow.NDIM))
+SIZE = tl.constexpr(int(DeviceRow.SIZE))
+PARAM_STRIDE = tl.constexpr(int(DeviceRow.PARAM_STRIDE))
+GRAD_STRIDE = tl.constexpr(int(DeviceRow.GRAD_STRIDE))
+GLOBAL_STRIDE = tl.constexpr(int(DeviceRow.GLOBAL_STRIDE))
+LOCAL_STRIDE = tl.constexpr(int(DeviceRow.LOCAL_STRIDE))
+RECIPROCAL = tl.constexpr(int(DeviceRow.RECIPROCAL))

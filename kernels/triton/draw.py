@@ -1,0 +1,277 @@
+"""Which elements survive, on loaded values: the mask stream's halves, windows, blocks and packed bits.
+
+Elements come in three forms.
+
+*Tiles*: TILES whole tiles of the mask stream, 16 bytes an access. Element 128 * t + 32 * w + VECTOR * k + j of a pass
+is element (t, k, j) of the w-th access, [TILES, PARTS, VECTOR] with PARTS = 32 // VECTOR. A thread holds the last
+dimension, so VECTOR // 2 counters serve all its 4 * VECTOR elements, and its decisions are one integer of its own,
+[TILES, PARTS]: bit VECTOR * w + j. (Masks made in the shape of an access would go through shared memory to reach its
+layout.)
+
+*Lanes*: the same tiles, an element an access. Element 128 * t + 32 * w + l is element (t, l) of the w-th access,
+[TILES, 32], so a counter serves a thread's four elements. Its decisions are bits 0 to 3 of an integer.
+
+*Elements*: any elements, in one dimension, a counter each.
+"""
+
+import triton
+import triton.language as tl
+
+from .memory import in_a_row
+from .philox import words_at
+from .tables import (
+    BLOCK,
+    BLOCK_BIT,
+    BLOCK_SIZE,
+    DRAW,
+    DROP,
+    ELEMENT,
+    ELEMENT_BIT,
+    FOR_BLOCK,
+    FOR_ELEMENT,
+    FOR_LAYER,
+    KEEP,
+    LAYER,
+    LAYER_BIT,
+    LO,
+    PACKED,
+    PACKED_BIT,
+    SPAN,
+    STREAM_ID,
+    TILE,
+)
+
+FAR = tl.constexpr(1 << 30)  # beyond every element of a chunk, and far from the end of 32 bits
+
+
+@triton.jit
+def mask_numbers(integers, seed):
+    """A tensor's row of Batch.integers -> (window, block, key), as the functions here take them."""
+    lo, span = tl.load(integers + LO).to(tl.uint32), tl.load(integers + SPAN).to(tl.uint32)
+    stream_id = tl.load(integers + STREAM_ID)
+    key = (
+        tl.load(integers + DRAW).to(tl.uint32),
+        stream_id.to(tl.uint32),
+        (stream_id >> 32).to(tl.uint32) << 12,
+        seed,
+    )
+    return (lo << 16, span << 16 | 0xFFFF), tl.load(integers + BLOCK_SIZE), key
+
+
+@triton.jit
+def decide(half, window):
+    """Kept iff (r - lo) mod 2**16 <= span. The 16 bits of r are the upper half of ``half``, whose lower half is free.
+
+    Window and number stand 16 bits higher than in the specification: a difference of 32 bits wraps by itself.
+    """
+    lo, span = window
+    return tl.sub(half, lo, sanitize_overflow=False) <= span
+
+
+@triton.jit
+def raised(word, upper):
+    """The word's lower or upper half (``upper``: 0 or 1, uint32) as :func:`decide` takes it."""
+    return word << (16 - 16 * upper)
+
+
+@triton.jit
+def select(which, four):
+    return tl.where(which < 2, tl.where(which == 0, four[0], four[1]), tl.where(which == 2, four[2], four[3]))
+
+
+@triton.jit
+def only_one(value, BITS: tl.constexpr, COUNT: tl.constexpr):
+    """``value``, as a number known to the compiler where BITS leave only one: it drops every other branch."""
+    for only in tl.static_range(COUNT):
+        if BITS == 1 << only:
+            value = tl.full([], only, tl.int64)
+    return value
+
+
+@triton.jit
+def resolve_kind(kind, integers, seed, KINDS: tl.constexpr):
+    """The tensor's mask kind with LAYER decided: its one number makes it KEEP or DROP."""
+    kind = only_one(kind, KINDS, 7)
+    if LAYER_BIT & KINDS:
+        if kind == LAYER:
+            window, _, key = mask_numbers(integers, seed)
+            word = words_at(tl.full([], 0, tl.int64), FOR_LAYER, key)[0]
+            kind = tl.where(decide(word << 16, window), KEEP, DROP).to(tl.int64)
+    return kind
+
+
+@triton.jit
+def block_kept(number, window, key):
+    """Decisions of blocks (int64)."""
+    number = number.to(tl.uint64)
+    words = words_at((number // 8).to(tl.int64), FOR_BLOCK, key)
+    return decide(raised(select(number // 2 % 4, words), (number % 2).to(tl.uint32)), window)
+
+
+@triton.jit
+def block_at(offset, first, block, window, key):
+    """Decisions of the blocks at ``first + offset``: ``first`` one global index, ``offset`` (int32) up to a chunk's.
+
+    Divides in 32 bits: how far from the end of the first element's block, in blocks.
+    """
+    number = first // block
+    beyond = offset - tl.minimum((number + 1) * block - first, FAR).to(tl.int32)
+    further = 1 + beyond // tl.minimum(block, FAR).to(tl.int32)
+    return block_kept(number + tl.where(beyond < 0, 0, further), window, key)
+
+
+# Tiles
+
+
+@triton.jit
+def whole_tiles_kept(kind, first, block, window, key, KINDS: tl.constexpr, TILES: tl.constexpr):
+    """[TILES, 1]: False where a whole tile is dropped at once, by DROP or as part of a dropped block.
+
+    ``first``: global index of the first element, a multiple of 128, as ``block`` is here.
+    """
+    kept = tl.zeros([TILES, 1], tl.int32) + kind.to(tl.int32) != DROP
+    if BLOCK_BIT & KINDS:
+        if kind == BLOCK:
+            kept = block_at(tl.arange(0, TILES)[:, None], first // TILE, block // TILE, window, key)
+    return kept
+
+
+@triton.jit
+def tiles_kept(
+    kind, whole, first, packed, window, key, KINDS: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Each thread's decisions, [TILES, PARTS].
+
+    ``first``: as above. ``whole``: of whole_tiles_kept. ``packed``: at the first tile's words, 16-byte aligned.
+    """
+    bits = tl.broadcast_to(tl.where(whole, -1, 0), [TILES, 32 // VECTOR])
+    if ELEMENT_BIT & KINDS:
+        if kind == ELEMENT:
+            bits = drawn_bits(first, window, key, TILES, VECTOR)
+    if PACKED_BIT & KINDS:
+        if kind == PACKED:
+            bits = packed_bits(packed, TILES, VECTOR)
+    return bits
+
+
+@triton.jit
+def tile_counters(first, TILES: tl.constexpr):
+    """The first counter of each tile, [TILES, 1], int64."""
+    return first // TILE * 16 + tl.arange(0, TILES)[:, None] * 16
+
+
+@triton.jit
+def drawn_bits(first, window, key, TILES: tl.constexpr, VECTOR: tl.constexpr):
+    counters = tile_counters(first, TILES) + (tl.arange(0, 32 // VECTOR) * (VECTOR // 2))[None, :]
+    bits = tl.zeros([TILES, 32 // VECTOR], tl.int32)
+    # a loop that stays one: counters all at once would take registers that the update needs
+    for pair in range(0, VECTOR, 4):
+        for next in tl.static_range(0, 4, 2):
+            words = words_at(counters + (pair + next) // 2, FOR_ELEMENT, key)
+            for w in tl.static_range(4):
+                lower, upper = decide(words[w] << 16, window), decide(words[w], window)
+                bits |= lower.to(tl.int32) << (VECTOR * w + next) << pair
+                bits |= upper.to(tl.int32) << (VECTOR * w + next + 1) << pair
+    return bits
+
+
+@triton.jit
+def packed_bits(packed, TILES: tl.constexpr, VECTOR: tl.constexpr):
+    """A tile's four words are one 16-byte load for each of its threads."""
+    tile, part, w = tl.arange(0, TILES), tl.arange(0, 32 // VECTOR), tl.arange(0, 4)
+    no_offset = part[None, :, None] * 0
+    words = tl.load(packed + tile[:, None, None] * 4 + no_offset + w[None, None, :])
+    evens, odds = words.reshape(TILES, 32 // VECTOR, 2, 2).split()
+    word0, word2 = evens.split()
+    word1, word3 = odds.split()
+    words = word0, word1, word2, word3
+    bits = tl.zeros([TILES, 32 // VECTOR], tl.int32)
+    for w in tl.static_range(4):
+        bits |= ((words[w] >> (part * VECTOR)[None, :]) & ((1 << VECTOR) - 1)) << (VECTOR * w)
+    return bits
+
+
+@triton.jit
+def kept_at(bits, w, VECTOR: tl.constexpr):
+    """The mask of access w, [TILES, PARTS, VECTOR]."""
+    return (bits[:, :, None] >> (tl.arange(0, VECTOR) + VECTOR * w)[None, None, :]) & 1 != 0
+
+
+@triton.jit
+def tiles_words(kind, whole, first, window, key, KINDS: tl.constexpr, TILES: tl.constexpr):
+    """Every tile's four words of decisions, [TILES, 4]: a thread draws whole tiles, to store 16 bytes at a time.
+
+    Arguments as :func:`tiles_kept`'s.
+    """
+    w0 = tl.where(whole, -1, 0)
+    w1, w2, w3 = w0, w0, w0
+    if ELEMENT_BIT & KINDS:
+        if kind == ELEMENT:
+            counters = tile_counters(first, TILES)
+            w0, w1, w2, w3 = w0 & 0, w1 & 0, w2 & 0, w3 & 0
+            for lane in range(16):
+                words = words_at(counters + lane, FOR_ELEMENT, key)
+                w0 |= two_bits(words[0], window) << 2 * lane
+                w1 |= two_bits(words[1], window) << 2 * lane
+                w2 |= two_bits(words[2], window) << 2 * lane
+                w3 |= two_bits(words[3], window) << 2 * lane
+    return in_a_row(w0, w1, w2, w3).reshape(TILES, 4)
+
+
+@triton.jit
+def two_bits(word, window):
+    return decide(word << 16, window).to(tl.int32) | decide(word, window).to(tl.int32) << 1
+
+
+# Lanes
+
+
+@triton.jit
+def lanes_kept(kind, offset, inside, first, index, packed, block, window, key, KINDS: tl.constexpr, TILES: tl.constexpr):
+    """Each thread's four decisions, [TILES, 32].
+
+    ``offset``: int32, [TILES, 32], the thread's first element in the chunk, whose own first element has the global index
+    ``index`` and stands at bit 0 of ``packed``. ``first``: global index of the pass's first element, a multiple of 128.
+    ``inside``: four [TILES, 32], is the element in the chunk?
+    """
+    bits = tl.zeros([TILES, 32], tl.int32) + tl.where(kind == DROP, 0, -1)
+    if ELEMENT_BIT & KINDS:
+        if kind == ELEMENT:
+            lane = tl.arange(0, 32).to(tl.uint32)[None, :]
+            words = words_at(tile_counters(first, TILES) + lane // 2, FOR_ELEMENT, key)
+            bits = tl.zeros([TILES, 32], tl.int32)
+            for w in tl.static_range(4):
+                bits |= decide(raised(words[w], lane % 2), window).to(tl.int32) << w
+    if BLOCK_BIT & KINDS:
+        if kind == BLOCK:
+            bits = tl.zeros([TILES, 32], tl.int32)
+            for w in tl.static_range(4):
+                bits |= block_at(offset + 32 * w, index, block, window, key).to(tl.int32) << w
+    if PACKED_BIT & KINDS:
+        if kind == PACKED:
+            bits = tl.zeros([TILES, 32], tl.int32)
+            for w in tl.static_range(4):
+                word = tl.load(packed + ((offset + 32 * w) >> 5), mask=inside[w], other=0)
+                bits |= ((word >> (offset & 31)) & 1) << w
+    return bits
+
+
+# Elements
+
+
+@triton.jit
+def elements_kept(kind, local, inside, index, packed, block, window, key, KINDS: tl.constexpr):
+    """One mask bit per element. ``local``: row-major index in the tensor, ``index``: in the whole parameter (uint64)."""
+    kept = tl.zeros_like(index).to(tl.int64) + kind != DROP
+    if ELEMENT_BIT & KINDS:
+        if kind == ELEMENT:
+            words = words_at((index // TILE * 16 + index % 32 // 2).to(tl.int64), FOR_ELEMENT, key)
+            kept = decide(raised(select(index // 32 % 4, words), (index % 2).to(tl.uint32)), window)
+    if BLOCK_BIT & KINDS:
+        if kind == BLOCK:
+            kept = block_kept(index // block.to(tl.uint64), window, key)
+    if PACKED_BIT & KINDS:
+        if kind == PACKED:
+            word = tl.load(packed + local // 32, mask=inside, other=0)
+            kept = (word >> (local % 32).to(tl.int32)) & 1 != 0
+    return kept
