@@ -17,7 +17,8 @@ from graddrop_fused import (
     cpu,
     dispatch,
 )
-from graddrop_fused.contract import Batch, Integer, Layout, Mask, Real, Shard, layout_row
+from graddrop_fused.contract import Batch, Integer, Mask, Real, Shard
+from graddrop_fused.layout import LayoutTable
 from graddrop_fused.mask_stream import bernoulli_window
 
 BLOCK = 1024
@@ -78,10 +79,9 @@ def _batch(tensors: Tensors, **more) -> Batch:
         params=[p.detach() for p in tensors.params],
         shards=[Shard.whole(p.shape) for p in tensors.params],
         integers=torch.zeros(count, len(Integer), dtype=torch.int64),
-        reals=torch.zeros(count, len(Real), dtype=torch.float64),
+        reals=torch.zeros(count, Real.columns(), dtype=torch.float64),
         grads=[p.grad for p in tensors.params],
-        exp_avgs=tensors.exp_avgs,
-        exp_avg_sqs=tensors.exp_avg_sqs,
+        states=[tensors.exp_avgs, tensors.exp_avg_sqs],
         **more,
     )
 
@@ -89,10 +89,9 @@ def _batch(tensors: Tensors, **more) -> Batch:
 def floor(tensors: Tensors):
     """A step that only streams: reads p, g, m, v and writes p, m, v, unchanged."""
     batch = _batch(tensors)
-    rows = [layout_row(batch, i) for i in range(len(batch.params))]
-    layout = torch.tensor(rows, dtype=torch.int64).reshape(-1, Layout.columns())
+    layout = LayoutTable(batch).table
     ops, level = cpu._op(None)
-    return lambda: ops.stream(layout, batch.integers, batch.reals, level)
+    return lambda: ops.floor(layout, batch.integers, batch.reals, level)
 
 
 def copies(tensors: Tensors):
@@ -115,7 +114,7 @@ def pack(tensors: Tensors):
     batch = _batch(tensors, packed=words)
     batch.integers[:, Integer.MASK] = Mask.ELEMENT
     batch.integers[:, Integer.DRAW] = 1
-    batch.integers[:, Integer.STREAM] = torch.arange(len(words))
+    batch.integers[:, Integer.STREAM_ID] = torch.arange(len(words))
     batch.integers[:, Integer.LO], batch.integers[:, Integer.SPAN] = bernoulli_window(P)
 
     def call():

@@ -27,7 +27,7 @@ class Pipeline {
   using V = typename Rule::Vector;
   using F = typename V::Floats;
   using Decisions = typename Draw::Decisions;
-  static constexpr bool SELECTS_GRADIENT = SELECT == Select::GRADIENT || SELECT == Select::EVERYTHING;
+  static constexpr bool SELECTS_GRADIENT = SELECT == Select::GRADIENT;  // else what comes of a dropped one is dropped
   static constexpr bool SELECTS_PARAM = SELECT == Select::PARAMETER || SELECT == Select::EVERYTHING;
   static constexpr bool SELECTS_STATE = SELECT == Select::EVERYTHING;
   // one lane: the loop over elements is the compiler's to vectorise
@@ -115,7 +115,9 @@ class Pipeline {
     typename V::Kept kept{};
     if (SELECT != Select::NOWHERE) kept = V::kept(decisions, i);
     const F p = V::load(param_ + i);
-    F g = V::load(grad_ + i) * grad_factor_;
+    F g = V::load(grad_ + i);
+    if (SELECTS_GRADIENT) V::pin(g);
+    g = g * grad_factor_;
     if (SELECTS_GRADIENT) g = V::keep(kept, g);
     F old_state[MAX_STATES], state[MAX_STATES];
     for (int k = 0; k < Rule::STATES; ++k) old_state[k] = state[k] = V::load(state_[k] + i);
