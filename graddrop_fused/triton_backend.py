@@ -73,13 +73,9 @@ def update(
         return
     from .kernels.triton.kernels import update_kernel
 
-    param_dtype = batch.params[0].dtype
-    dtypes = {
-        "PARAM_DTYPE": param_dtype,
-        "GRAD_DTYPE": next((g.dtype for g in batch.grads if g is not None), param_dtype),
-        "STATE_DTYPE": batch.states[0][0].dtype if batch.states else param_dtype,
-    }
-    device = batch.params[0].device
+    device, param = batch.params[0].device, batch.params[0].dtype
+    grad = next((g.dtype for g in batch.grads if g is not None), param)
+    dtypes = param, grad, batch.states[0][0].dtype if batch.states else param
     with _on(device):
         tables = _tables(batch, device, in_memory_order=True)
         integers, reals = _numbers(batch, device)
@@ -91,13 +87,11 @@ def update(
             seed=seed,
             grad_scale=grad_scale,
             found_inf=found_inf,
-            RULE=rule_function(rule),
-            STATES=len(rule.states),
-            FACTORS=len(rule.factor_names),
-            **{name: _triton_dtype(dtype) for name, dtype in dtypes.items()},
+            **rule_constants(rule),
+            **dtype_constants(dtypes),
             **kinds_and_effects(batch),
             **tables.indexing,
-            **sizes(dtypes.values(), _warp_size(device)),
+            **sizes(dtypes, _warp_size(device)),
             **OPTIONS,
         )
 
@@ -123,15 +117,24 @@ def pack(batch: Batch, *, seed: int) -> None:
         )
 
 
-def rule_function(rule: Rule):
-    """The rule's jitted update. Raises NotImplementedError where kernels/triton has none of its name."""
+def rule_constants(rule: Rule) -> dict:
+    """A rule's compile-time arguments. Raises NotImplementedError where kernels/triton has no rule of its name."""
     try:
-        return importlib.import_module(f"{__package__}.kernels.triton.{rule.name}").update
+        function = importlib.import_module(f"{__package__}.kernels.triton.{rule.name}").update
     except (ModuleNotFoundError, AttributeError):
         raise NotImplementedError(
             f"the rule {rule.name!r} has no Triton kernel: write kernels/triton/{rule.name}.py, or choose "
             "backend='reference'"
         ) from None
+    return {"RULE": function, "STATES": len(rule.states), "FACTORS": len(rule.factor_names)}
+
+
+def dtype_constants(dtypes: Iterable[torch.dtype]) -> dict:
+    """The dtypes of parameters, gradients and state as compile-time arguments."""
+    import triton.language as tl
+
+    names = ("PARAM_DTYPE", "GRAD_DTYPE", "STATE_DTYPE")
+    return {name: getattr(tl, str(d).removeprefix("torch.")) for name, d in zip(names, dtypes, strict=True)}
 
 
 def sizes(dtypes: Iterable[torch.dtype], warp_size: int) -> dict[str, int]:
@@ -174,12 +177,6 @@ def kinds_and_effects(batch: Batch) -> dict[str, int]:
 
 def _bits(numbers: Iterable[int]) -> int:
     return sum(1 << int(n) for n in set(numbers))
-
-
-def _triton_dtype(dtype: torch.dtype):
-    import triton.language as tl
-
-    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def _interpreted() -> bool:

@@ -180,7 +180,7 @@ def test_a_rule_without_a_kernel_is_refused():
         name = "unknown"
 
     with pytest.raises(NotImplementedError, match="kernels/triton/unknown.py"):
-        triton_backend.rule_function(Unknown())
+        triton_backend.rule_constants(Unknown())
 
 
 def test_unavailable_says_what_is_missing(monkeypatch, tmp_path):

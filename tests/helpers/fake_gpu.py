@@ -81,8 +81,6 @@ def gpu(monkeypatch, compiles: bool):
 
     def launcher(name, kernel):
         class Launcher:
-            arg_names = kernel.arg_names
-
             def __getitem__(self, grid):
                 def launch(**arguments):
                     compiled = kernel.warmup(grid=grid, **arguments) if compiles else None
@@ -92,7 +90,7 @@ def gpu(monkeypatch, compiles: bool):
 
         return Launcher()
 
-    for name in ("adamw_kernel", "mask_grads_kernel", "pack_kernel"):
+    for name in ("update_kernel", "pack_kernel"):
         monkeypatch.setattr(kernels, name, launcher(name, getattr(kernels, name)))
     monkeypatch.setattr(triton_backend, "unavailable", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
