@@ -89,8 +89,11 @@ def distinct(cases: list[parity.Case], unread: set[str], **ignored) -> list[pari
 
 
 LONG = several_passes(CHUNK, PASS)
-REPLACED = {case.name.removesuffix("-several-passes") for case in LONG}  # by longer tensors
-CASES = [case for case in parity.CASES if case.name not in REPLACED] + LONG
+# replaced by longer tensors, or the same to a kernel as other cases: it sees factors, no hyperparameters
+LEFT_OUT = {case.name.removesuffix("-several-passes") for case in LONG} | {"large"}
+LEFT_OUT |= {f"first-step-{rule}" for rule in parity.RULES} | {f"mixed-batch-{rule}" for rule in ("sgd", "nesterov")}
+LEFT_OUT |= {f"kinds-{effect}-nesterov-several-passes" for effect in ("gradient", "freeze", "update")}
+CASES = [case for case in [*parity.CASES, *LONG] if case.name not in LEFT_OUT]
 NUMBERS = {"lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "step"}
 ARITHMETIC = NUMBERS | {"effect", "maximize"}
 GRADIENTS = {"grad", "grad_order", "grad_offset", "grad_gap", "grad_expanded", "rescale", "noise_std"}

@@ -9,7 +9,7 @@ dimension, so VECTOR // 2 counters serve all its 4 * VECTOR elements, and its de
 layout.)
 
 *Lanes*: the same tiles, an element an access. Element 128 * t + 32 * w + l is element (t, l) of the w-th access,
-[TILES, 32], so a counter serves a thread's four elements. Its decisions are bits 0 to 3 of an integer.
+[TILES, 32], so a counter serves a thread's four elements.
 
 *Elements*: any elements, in one dimension, a counter each.
 """
@@ -220,32 +220,49 @@ def two_bits(word, window):
 def lanes_kept(
     kind, offset, inside, first, index, packed, block, window, key, KINDS: tl.constexpr, TILES: tl.constexpr
 ):
-    """Each thread's four decisions, [TILES, 32].
+    """Each thread's four decisions, four [TILES, 32].
 
     ``offset``: int32, [TILES, 32], the thread's first element, counted from that of the chunk, which has the global
     index ``index`` and stands at bit 0 of ``packed``. ``first``: global index of the pass's first element, a multiple
     of 128. ``inside``: four [TILES, 32], is the element in the chunk?
     """
-    bits = tl.zeros([TILES, 32], tl.int32) + tl.where(kind == DROP, 0, -1)
+    k0 = tl.zeros([TILES, 32], tl.int32) + kind.to(tl.int32) != DROP
+    k1, k2, k3 = k0, k0, k0
     if ELEMENT_BIT & KINDS:
         if kind == ELEMENT:
-            lane = tl.arange(0, 32).to(tl.uint32)[None, :]
-            words = words_at(tile_counters(first, TILES) + lane // 2, FOR_ELEMENT, key)
-            bits = tl.zeros([TILES, 32], tl.int32)
-            for w in tl.static_range(4):
-                bits |= decide(raised(words[w], lane % 2), window).to(tl.int32) << w
+            k0, k1, k2, k3 = lanes_drawn(first, window, key, TILES)
     if BLOCK_BIT & KINDS:
         if kind == BLOCK:
-            bits = tl.zeros([TILES, 32], tl.int32)
-            for w in tl.static_range(4):
-                bits |= block_at(offset + 32 * w, index, block, window, key).to(tl.int32) << w
+            k0 = block_at(offset, index, block, window, key)
+            k1 = block_at(offset + 32, index, block, window, key)
+            k2 = block_at(offset + 64, index, block, window, key)
+            k3 = block_at(offset + 96, index, block, window, key)
     if PACKED_BIT & KINDS:
         if kind == PACKED:
-            bits = tl.zeros([TILES, 32], tl.int32)
-            for w in tl.static_range(4):
-                word = tl.load(packed + ((offset + 32 * w) >> 5), mask=inside[w], other=0)
-                bits |= ((word >> (offset & 31)) & 1) << w
-    return bits
+            words = packed + (offset >> 5)
+            k0 = packed_bit(words, offset, inside[0])
+            k1 = packed_bit(words + 1, offset, inside[1])
+            k2 = packed_bit(words + 2, offset, inside[2])
+            k3 = packed_bit(words + 3, offset, inside[3])
+    return k0, k1, k2, k3
+
+
+@triton.jit
+def lanes_drawn(first, window, key, TILES: tl.constexpr):
+    lane = tl.arange(0, 32).to(tl.uint32)[None, :]
+    words, upper = words_at(tile_counters(first, TILES) + lane // 2, FOR_ELEMENT, key), lane % 2
+    return (
+        decide(raised(words[0], upper), window),
+        decide(raised(words[1], upper), window),
+        decide(raised(words[2], upper), window),
+        decide(raised(words[3], upper), window),
+    )
+
+
+@triton.jit
+def packed_bit(words, offset, inside):
+    """Bit ``offset % 32`` of the words at the pointers ``words``."""
+    return (tl.load(words, mask=inside, other=0) >> (offset & 31).to(tl.int32)) & 1 != 0
 
 
 # Elements
@@ -265,6 +282,5 @@ def elements_kept(kind, local, inside, index, packed, block, window, key, KINDS:
             kept = block_kept(index // block, window, key)
     if PACKED_BIT & KINDS:
         if kind == PACKED:
-            word = tl.load(packed + local // 32, mask=inside, other=0)
-            kept = (word >> (local % 32).to(tl.int32)) & 1 != 0
+            kept = packed_bit(packed + local // 32, local, inside)
     return kept

@@ -201,16 +201,15 @@ def update_lanes(
             in_range(offset + 64, count),
             in_range(offset + 96, count),
         )
-        bits = lanes_kept(kind, offset, inside, index + base, index, packed, block, window, key, KINDS, LANES)
+        kept = lanes_kept(kind, offset, inside, index + base, index, packed, block, window, key, KINDS, LANES)
         if GAUSSIAN_BIT & KINDS:
             noise = lanes_noise(index + base, key, LANES)
         for w in tl.static_range(4):
             factor = grad_factor
             if GAUSSIAN_BIT & KINDS:
                 factor = (1 + std * noise[w]) * grad_factor
-            at = offset + 32 * w
             update_at(
-                p_ptr + at, g_ptr + at, state_ptrs, at, inside[w], (bits >> w) & 1 != 0, reads_grad, effect,
+                p_ptr + offset, g_ptr + offset, state_ptrs, offset, 32 * w, inside[w], kept[w], reads_grad, effect,
                 factor, factors, RULE, STATES, dtype,
             )  # fmt: skip
 
@@ -245,28 +244,28 @@ def update_elements(
         if GAUSSIAN_BIT & KINDS:
             factor = (1 + std * elements_noise(index, key)) * grad_factor
         update_at(
-            p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, inside, kept, reads_grad, effect,
+            p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, 0, inside, kept, reads_grad, effect,
             factor, factors, RULE, STATES, dtype,
         )  # fmt: skip
 
 
 @triton.jit
 def update_at(
-    p_ptr, g_ptr, state_ptrs, at, inside, kept, reads_grad, effect, grad_factor, factors,
+    p_ptr, g_ptr, state_ptrs, offset, SHIFT: tl.constexpr, inside, kept, reads_grad, effect, grad_factor, factors,
     RULE: tl.constexpr, STATES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """An element for each of the pointers ``p_ptr``; the states' are offset by ``at``."""
+    """An element for each pointer of ``p_ptr`` and ``g_ptr``, SHIFT elements on; the states' is at ``offset``."""
     live = inside & writes_state(kept, effect)
     grad_live = tl.where(reads_grad, inside & takes_grad(kept, effect), False)
-    p = tl.load(p_ptr, mask=live, other=0).to(dtype)
-    g = tl.load(g_ptr, mask=grad_live, other=0).to(dtype)
+    p = tl.load(p_ptr + SHIFT, mask=live).to(dtype)
+    g = tl.load(g_ptr + SHIFT, mask=grad_live, other=0).to(dtype)
     states = ()
     for k in tl.static_range(STATES):
-        states = states + (tl.load(state_ptrs[k] + at, mask=live, other=0).to(dtype),)
+        states = states + (tl.load(state_ptrs[k] + offset + SHIFT, mask=live).to(dtype),)
     p, states = RULE(p, g * grad_factor, states, factors)
-    tl.store(p_ptr, p.to(p_ptr.dtype.element_ty), mask=inside & writes_param(kept, effect))
+    tl.store(p_ptr + SHIFT, p.to(p_ptr.dtype.element_ty), mask=inside & writes_param(kept, effect))
     for k in tl.static_range(STATES):
-        tl.store(state_ptrs[k] + at, states[k].to(state_ptrs[k].dtype.element_ty), mask=live)
+        tl.store(state_ptrs[k] + offset + SHIFT, states[k].to(state_ptrs[k].dtype.element_ty), mask=live)
 
 
 @triton.constexpr_function
