@@ -102,7 +102,7 @@ class Variant:
         if self.rule is None:
             return [PassShape("tiles", 128, counters=16)]
         shapes = [PassShape("tiles", 4 * sizes["VECTOR"], counters=sizes["VECTOR"] // 2)]
-        shapes.append(PassShape("lanes", 4, stores=4 * (1 + self.states)))
+        shapes.append(PassShape("lanes", 4, stores=4 * (1 + self.states), counters=4))
         if self.dims:
             each = sizes["ELEMENTS"] // (sizes["num_warps"] * warp_size)
             shapes.append(PassShape("elements", each, stores=each * (1 + self.states)))

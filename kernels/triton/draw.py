@@ -233,10 +233,10 @@ def lanes_kept(
             k0, k1, k2, k3 = lanes_drawn(first, window, key, TILES)
     if BLOCK_BIT & KINDS:
         if kind == BLOCK:
-            k0 = block_at(offset, index, block, window, key)
-            k1 = block_at(offset + 32, index, block, window, key)
-            k2 = block_at(offset + 64, index, block, window, key)
-            k3 = block_at(offset + 96, index, block, window, key)
+            bits = tl.zeros([TILES, 32], tl.int32)
+            for w in range(4):  # one after another, for registers
+                bits |= block_at(offset + 32 * w, index, block, window, key).to(tl.int32) << w
+            k0, k1, k2, k3 = bits & 1 != 0, bits & 2 != 0, bits & 4 != 0, bits & 8 != 0
     if PACKED_BIT & KINDS:
         if kind == PACKED:
             words = packed + (offset >> 5)
