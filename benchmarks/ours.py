@@ -152,7 +152,7 @@ OURS = [
     ours("LayerGradDrop(p=0.5)", Claim(p=0.5, rescale=1.0, unit=None), lambda t: LayerGradDrop(p=0.5), per_layer=True),
     ours(
         "GradFreeze, half the layers",
-        Claim(p=None, rescale=1.0, unit=None),
+        Claim(p=None, rescale=1.0, effect="freeze", unit=None),
         lambda t: GradFreeze("top-down", layers_per_epoch=(len(t.params) + 1) // 2),
         per_layer=True,
     ),
