@@ -5,10 +5,12 @@ Where the mask is decided: mask_stream.py. Where the update is computed: rules.p
 
 from .adamw import GradDropAdamW
 from .attach import MaskHandle, attach
+from .describe import describe
 from .layers import param_groups
 from .lion import GradDropLion
 from .mask_stream import keep_mask, pack_mask, philox4x32, unpack_mask
 from .policies import GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, Policy, StaticMask
+from .policy_text import policy, policy_to_text
 from .schedules import LinearAnneal, Schedule
 from .sgd import GradDropSGD
 from .skip import skip_dropped_layers
@@ -29,10 +31,13 @@ __all__ = [
     "Schedule",
     "StaticMask",
     "attach",
+    "describe",
     "keep_mask",
     "pack_mask",
     "param_groups",
     "philox4x32",
+    "policy",
+    "policy_to_text",
     "skip_dropped_layers",
     "unpack_mask",
 ]

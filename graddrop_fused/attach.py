@@ -15,7 +15,7 @@ from .contract import Mask
 from .cuda_graph import capturing
 from .groups import Group, Layers, members, policy_of
 from .masked import MaskedOptimizer
-from .numbers import rows_at
+from .numbers import HostNumbers
 from .policies import Policy, policy_from_state
 from .rules import MaskOnly
 from .shards import local, local_gradient, placed_like
@@ -175,14 +175,11 @@ class MaskHandle:
     @torch.no_grad()
     def _mask(self, draw: int) -> None:
         groups = self.groups
-        layers = Layers.of(groups)
-        rows = rows_at(groups, layers, self._clock, draw)
-        packed = {}
-        for g, (row, word) in enumerate(rows):
-            policy = policy_of(groups[g])
-            if row.mask == Mask.ELEMENT and policy is not None and policy.packed:
-                packed[g] = word, row.lo, row.span
-                rows[g] = row._replace(mask=Mask.PACKED), word
+        numbers = HostNumbers(groups, Layers.of(groups))
+        rows = numbers.at(self._clock, draw)
+        packed = numbers.packed(rows)
+        for g in packed:
+            rows[g] = rows[g][0]._replace(mask=Mask.PACKED), rows[g][1]
         buckets = self._gather(groups)
         try:
             for bucket in buckets:

@@ -16,12 +16,12 @@ from torch import Tensor
 from . import mask_stream, reference, validate
 from .contract import Batch, Effect, Integer, Mask, Real, Shard
 from .groups import Layers, Member, block_of, is_layerwise, own_rescale_of, static_mask
+from .numbers import HostNumbers
 from .rules import Rule
 from .shards import is_dtensor, local, local_gradient
 from .tables import DeviceTables, GroupStep, HostTables, Kind, runs
 
 HOST = torch.device("cpu")
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Facts:
@@ -33,7 +33,7 @@ class Facts:
     # Compared before every step, for every tensor: each line is one call per tensor and no loop in Python.
 
     def __init__(self, tensors: Sequence[Tensor]):
-        self.addresses = [address(t) for t in tensors]
+        self.addresses = addresses(tensors)
         self.shapes = [t.shape for t in tensors]
         self.dtypes = [t.dtype for t in tensors]
         self.contiguous = [t.is_contiguous() for t in tensors]
@@ -42,7 +42,7 @@ class Facts:
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         return (
-            [address(t) for t in tensors] == self.addresses
+            addresses(tensors) == self.addresses
             and [t.shape for t in tensors] == self.shapes
             and [t.dtype for t in tensors] == self.dtypes
             and [t.is_contiguous() for t in tensors] == self.contiguous
@@ -53,12 +53,12 @@ class Facts:
         return all(s is None or t.stride() == s for t, s in zip(tensors, self.strides, strict=True))
 
 
-def address(tensor: Tensor) -> int:
-    """Of the first element; 0 for a tensor that has no memory of its own."""
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Of the first elements; 0 for a tensor that has no memory of its own."""
     try:
-        return tensor.data_ptr()
+        return [t.data_ptr() for t in tensors]
     except RuntimeError:  # some subclasses raise
-        return 0
+        return [t.data_ptr() if type(t) in validate.ORDINARY else 0 for t in tensors]
 
 
 @dataclass
@@ -290,6 +290,7 @@ class Plan:
     params: list[Tensor]
     entries: list[dict[str, Any]]  # of optimizer.state
     layers: Layers
+    numbers: HostNumbers
     buckets: list[UpdateBucket]
     stateless: list[int]  # positions of parameters that no bucket serves: they never had a gradient
 
@@ -310,7 +311,7 @@ class Plan:
         # by value, since hashing every parameter costs more than the rest: a replaced entry is another object
         if len(state) != len(self.entries) or not all(map(operator.is_, state.values(), self.entries)):
             return False
-        if any(grads[i] is not None or id(params[i]) in switched_off for i in self.stateless):
+        if self.stateless and any(grads[i] is not None or id(params[i]) in switched_off for i in self.stateless):
             return False
         taken = False
         try:

@@ -4,7 +4,7 @@ A step reads straight down: gather the gradients, ask whether the last plan fits
 one backend call per bucket of tensors, count.
 """
 
-import signal
+import _signal
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from .clock import Clock
 from .contract import Mask
 from .cuda_graph import check_not_capturing
 from .groups import Layers, members, policy_of
-from .numbers import DeviceNumbers, rows_at
+from .numbers import DeviceNumbers, HostNumbers
 from .policies import Policy
 from .rules import Rule
 from .tables import group_step
@@ -151,24 +151,21 @@ class MaskedOptimizer(Optimizer):
 
     def _prepare_on_host(self, plan: Plan, found_inf: None) -> Callable[[], None]:
         """Make every bucket ready for the coming step; returns what counts it."""
-        clock, groups = self._clock, self.param_groups
+        clock, groups, numbers = self._clock, self.param_groups, plan.numbers
         draw = clock.next_draw()
-        rows = rows_at(groups, plan.layers, clock, draw)
-        packed = {}
-        for g, (row, word) in enumerate(rows):
-            policy = policy_of(groups[g])
-            if row.mask == Mask.ELEMENT and policy is not None and policy.packed:
-                packed[g] = word, row.lo, row.span
-                rows[g] = row._replace(mask=Mask.PACKED), word
+        rows = numbers.at(clock, draw)
+        packed = numbers.packed(rows)
+        for g in packed:
+            rows[g] = rows[g][0]._replace(mask=Mask.PACKED), rows[g][1]
         for bucket in plan.buckets:
             if packed:
                 bucket.pack(packed, self.seed)
-            steps = {g: group_step(groups[g], bucket.rule, *rows[g]) for g in bucket.by_group}
-            bucket.prepare_on_host(steps)
+            bucket.prepare_on_host(
+                {g: group_step(groups[g], bucket.rule, *rows[g], numbers.effects[g]) for g in bucket.by_group}
+            )
 
         def commit():
-            clock.draw = draw
-            self._show_clock()
+            clock.draw = groups[0]["draw"] = draw
 
         return commit
 
@@ -249,7 +246,9 @@ class MaskedOptimizer(Optimizer):
             dtype = state.dtype_of(bucket.params[0], self.state_dtype)
             bucket.give_state(state.adopt(bucket.members, self.state, bucket.rule, dtype))
         stateless = sorted(set(range(len(params))).difference(wanted))
-        return Plan(key, params, list(self.state.values()), Layers.of(groups), buckets, stateless)
+        layers = Layers.of(groups)
+        numbers = HostNumbers(groups, layers)
+        return Plan(key, params, list(self.state.values()), layers, numbers, buckets, stateless)
 
     def _clear(self) -> None:
         """Drop what is derived from groups and tensors; the next step plans anew."""
@@ -276,8 +275,10 @@ class MaskedOptimizer(Optimizer):
     def _check_shown_clock(self) -> None:
         if not self.param_groups or self._device_numbers:  # whose draw is known to the device alone
             return
-        shown = self.param_groups[0]
-        for name, value in self._clock.state().items():
+        shown, clock = self.param_groups[0], self._clock
+        if shown.get("draw") == clock.draw and shown.get("seed") == clock.seed and shown.get("epoch") == clock.epoch:
+            return
+        for name, value in clock.state().items():
             if shown.get(name, value) != value:
                 changed = shown[name]
                 self._show_clock()
@@ -345,16 +346,18 @@ class MaskedOptimizer(Optimizer):
 class _UninterruptedByKeyboard:
     """Holds Ctrl-C back until a step is whole: half of one would leave counts, parameters and state apart."""
 
+    # signal's own functions turn each result into an enum, which takes longer than a small step
+
     def __enter__(self) -> None:
         self._pending: list[tuple] = []
-        on_main_thread = threading.current_thread() is threading.main_thread()
-        self._handler = signal.getsignal(signal.SIGINT) if on_main_thread else None
+        on_main_thread = threading.get_ident() == threading.main_thread().ident
+        self._handler = _signal.getsignal(_signal.SIGINT) if on_main_thread else None
         if callable(self._handler):
-            signal.signal(signal.SIGINT, lambda *arguments: self._pending.append(arguments))
+            _signal.signal(_signal.SIGINT, lambda *arguments: self._pending.append(arguments))
 
     def __exit__(self, *_: object) -> None:
         if callable(self._handler):
-            signal.signal(signal.SIGINT, self._handler)
+            _signal.signal(_signal.SIGINT, self._handler)
             if self._pending:
                 self._handler(*self._pending[0])
 

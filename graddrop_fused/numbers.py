@@ -24,32 +24,63 @@ _UNMOVED = Index(), Draw("never")  # of a group without a policy
 
 def row_at(policy: Policy, layer: int, layers: int, draw: int, epoch: int | None) -> tuple[Row, int]:
     """A policy's row for step ``draw`` in ``epoch``, and its counter word 2."""
-    index_by, length, wraps = policy.index(layers)
-    draw_by, holds = policy.draw(layers)
-    tick = epoch if index_by == "epoch" else draw - 1
-    index = tick % length if wraps else min(tick, length - 1)
-    word = (draw - 1) // holds + 1 if draw_by == "step" else epoch // holds if draw_by == "epoch" else 0
+    index, word = _place(policy.index(layers), policy.draw(layers), draw, epoch)
     return policy.row(index, layer, layers), word
 
 
-def rows_at(groups: Sequence[Mapping[str, Any]], layers: Layers, clock: Clock, draw: int) -> list[tuple[Row, int]]:
-    """Each group's policy row and counter word 2 for step ``draw``. Raises RuntimeError if an epoch is not known.
+def _place(index: Index, drawn: Draw, draw: int, epoch: int | None) -> tuple[int, int]:
+    """(row's index, counter word 2)."""
+    tick = epoch if index.by == "epoch" else draw - 1
+    at = tick % index.length if index.wraps else min(tick, index.length - 1)
+    word = (draw - 1) // drawn.holds + 1 if drawn.by == "step" else epoch // drawn.holds if drawn.by == "epoch" else 0
+    return at, word
 
-    A layer that is frozen as a whole is decided here, since it does not count the step: its row is KEEP or DROP.
-    """
-    epoch = clock.epoch_at(draw)
-    rows = []
-    for group, layer in zip(groups, layers.of_group, strict=True):
-        policy = policy_of(group)
-        if policy is None:
-            rows.append((KEEP, 0))
-            continue
-        clock.check_epoch_known(policy)
-        row, word = row_at(policy, layer, layers.count, draw, epoch)
-        if row.mask == Mask.LAYER and effect_of(group) == Effect.FREEZE:
-            row = decided(row, word, clock.seed, layers.stream_ids[layer])
-        rows.append((row, word))
-    return rows
+
+class HostNumbers:
+    """The groups' policies on the host, asked before every step: what does not change between steps is kept."""
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], layers: Layers):
+        self.layers = layers
+        self.policies = [policy_of(group) for group in groups]
+        self.effects = [effect_of(group) for group in groups]
+        self.followers = [policy for policy in self.policies if policy is not None and policy.needs_epoch]
+        self._moves = [_UNMOVED if p is None else (p.index(layers.count), p.draw(layers.count)) for p in self.policies]
+        self._rows: list[dict[int, Row]] = [{} for _ in groups]  # by index
+
+    def at(self, clock: Clock, draw: int) -> list[tuple[Row, int]]:
+        """Each group's policy row and counter word 2 for step ``draw``. Raises RuntimeError if an epoch is not known.
+
+        A layer that is frozen as a whole is decided here, since it does not count the step: its row is KEEP or DROP.
+        """
+        for policy in self.followers:
+            clock.check_epoch_known(policy)
+        epoch, found = clock.epoch_at(draw), []
+        for g, policy in enumerate(self.policies):
+            if policy is None:
+                found.append((KEEP, 0))
+                continue
+            index, word = _place(*self._moves[g], draw, epoch)
+            layer = self.layers.of_group[g]
+            row = self._rows[g].get(index)
+            if row is None:
+                row = self._rows[g][index] = policy.row(index, layer, self.layers.count)
+            if row.mask == Mask.LAYER and self.effects[g] == Effect.FREEZE:
+                row = decided(row, word, clock.seed, self.layers.stream_ids[layer])
+            found.append((row, word))
+        return found
+
+    def packed(self, rows: Sequence[tuple[Row, int]]) -> dict[int, tuple[int, int, int]]:
+        """The groups whose masks are kept as packed words at present: (counter word 2, lo, span) that draw them."""
+        return {
+            g: (word, row.lo, row.span)
+            for g, (policy, (row, word)) in enumerate(zip(self.policies, rows, strict=True))
+            if policy is not None and policy.packed and row.mask == Mask.ELEMENT
+        }
+
+
+def rows_at(groups: Sequence[Mapping[str, Any]], layers: Layers, clock: Clock, draw: int) -> list[tuple[Row, int]]:
+    """:meth:`HostNumbers.at`, once."""
+    return HostNumbers(groups, layers).at(clock, draw)
 
 
 def decided(row: Row, word: int, seed: int, stream_id: int) -> Row:

@@ -101,7 +101,7 @@ def _check_listed_once(named: Sequence[tuple[Any, Tensor]], others: Sequence[Map
 
 
 def groups(param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """What only several groups show: colliding ids, shards of unknown place, masks of other shapes, mixed capturable."""
+    """What only groups show: colliding ids, shards of unknown place, masks of other shapes, mixed capturable."""
     every = members(param_groups)
     Layers.of(param_groups)
     for member in every:

@@ -92,7 +92,7 @@ def gpu(monkeypatch, compiles: bool):
 
         return Launcher()
 
-    for name in ("adamw_kernel", "mask_grads_kernel", "pack_kernel"):
+    for name in ("update_kernel", "pack_kernel"):
         monkeypatch.setattr(kernels, name, launcher(name, getattr(kernels, name)))
     monkeypatch.setattr(triton_backend, "unavailable", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
