@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python3
 RUN := $(PY) -m
 READY := $(if $(filter .venv,$(VENV)),.venv/op,existing)
-WORKERS ?= auto
+WORKERS ?= logical
 # other versions that are here, for the test that one binary serves them all
 export GRADDROP_INTERPRETERS ?= $(wildcard $(CURDIR)/.venvs/*/bin/python3)
 
