@@ -101,24 +101,7 @@ def param_groups(
     if not in_layer:
         raise ValueError("model must have parameters that require a gradient; all of its parameters are frozen")
 
-    dropped = _targeted(model, in_layer, targets)
-    if exclude is not None:
-        dropped -= _matching("exclude", exclude, in_layer)
-    if drop is not None and drop.layerwise and not include_head:
-        dropped -= {name for name, layer in in_layer.items() if layer == "head"}
-    if not dropped:
-        raise ValueError(
-            f"targets={targets!r} with exclude={exclude!r} and include_head={include_head!r} must leave a parameter to "
-            f"drop, and leaves none of {_some(in_layer)}"
-        )
-
-    if drop is not None and drop.layerwise and {in_layer[name] for name in dropped} == {"embeddings"}:
-        raise ValueError(
-            f"drop={drop!r} chooses among layers, and all that it could drop is in the embeddings: "
-            f"{_some(sorted(dropped))}. Prompt and prefix tuning train one table before the first block; give a policy "
-            "that decides per element, such as GradDrop(0.1), or train blocks too"
-        )
-
+    dropped = _dropped(model, in_layer, drop, targets, exclude, include_head)
     groups: dict[tuple, dict] = {}
     for name, layer in in_layer.items():
         param = layers[layer][name]
@@ -220,7 +203,7 @@ def _common(block: Part, part: Part) -> list[str]:
 
 def _named_parameters(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
     """Each parameter once, with all the names that it goes by, that of ``model.named_parameters()`` first."""
-    names = {}
+    names: dict[nn.Parameter, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(canonical_name(name))
     return [(aliases, param) for param, aliases in names.items()]
@@ -233,6 +216,35 @@ def _position(layer: str) -> float:
 def _precedence(layer: str) -> tuple[bool, float]:
     """Which of its layers a tied parameter belongs to: the first block, else the embeddings, else the head."""
     return layer == "embeddings" or layer == "head", _position(layer)
+
+
+def _dropped(
+    model: nn.Module,
+    in_layer: dict[str, str],
+    drop: Policy | None,
+    targets: str,
+    exclude: str | None,
+    include_head: bool,
+) -> set[str]:
+    """The names of the parameters that the policy drops. Raises as :func:`param_groups` says."""
+    dropped = _targeted(model, in_layer, targets)
+    if exclude is not None:
+        dropped -= _matching("exclude", exclude, in_layer)
+    if drop is not None and drop.layerwise and not include_head:
+        dropped -= {name for name, layer in in_layer.items() if layer == "head"}
+    if not dropped:
+        raise ValueError(
+            f"targets={targets!r} with exclude={exclude!r} and include_head={include_head!r} must leave a parameter to "
+            f"drop, and leaves none of {_some(in_layer)}"
+        )
+
+    if drop is not None and drop.layerwise and {in_layer[name] for name in dropped} == {"embeddings"}:
+        raise ValueError(
+            f"drop={drop!r} chooses among layers, and all that it could drop is in the embeddings: "
+            f"{_some(sorted(dropped))}. Prompt and prefix tuning train one table before the first block; give a policy "
+            "that decides per element, such as GradDrop(0.1), or train blocks too"
+        )
+    return dropped
 
 
 def _targeted(model: nn.Module, in_layer: dict[str, str], targets: str) -> set[str]:

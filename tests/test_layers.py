@@ -395,13 +395,15 @@ class Towers(nn.Module):
 class Ordered(Towers):
     def forward(self, x):
         self.check(x)
-        x = self.encode(x)
+        dtype = self.late[0].mix.weight.dtype  # touches the later stack and does not run it
+        x = self.encode(x.to(dtype))
         for block in self.late:
             x = block(x)
         return self.norm(x)
 
     def check(self, x):
-        return self.late[0].mix.weight.dtype == x.dtype
+        for block in self.late:
+            assert block.mix.weight.dtype == x.dtype
 
     def encode(self, x):
         x = self.stem(x)
