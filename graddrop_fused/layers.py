@@ -167,10 +167,11 @@ def _parts(model: nn.Module, stack: str | None) -> list[Part]:
             "its ModuleLists is the stack, name it, as in stack='encoder.block'"
         )
     if walk.unordered:
+        stacks = [*dict.fromkeys(part.names[0].rpartition(".")[0] for part in walk.parts if part.is_block)]
         raise ValueError(
             f"model must say in which order its stacks run, and neither a readable forward() nor the names encoder and "
             f"decoder say so for {walk.unordered} of {type(model).__name__}. Give param_groups() one of these modules, "
-            "or name one ModuleList, as in stack='encoder.block'"
+            f"or name one ModuleList, as in stack={stacks[0]!r}; its lists of blocks are {stacks}"
         )
     return walk.parts
 

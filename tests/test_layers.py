@@ -425,7 +425,9 @@ def test_order_is_that_of_the_forward_pass():
 
 
 def test_order_that_nothing_tells_is_an_error():
-    with pytest.raises(ValueError, match=r"in which order its stacks run.*\['late', 'early'\] of Towers.*stack='enc"):
+    with pytest.raises(
+        ValueError, match=r"in which order its stacks run.*of Towers.*lists of blocks are \['late', 'early'\]"
+    ):
         find_layers(Towers())
     assert [*find_layers(Towers(), stack="early")][:2] == ["layer.0", "layer.1"]
 
