@@ -51,7 +51,7 @@ def build(cls: type, **options) -> nn.Module:
     for more in OPTIONS:
         try:
             with torch.device("meta"):
-                model = cls(cls.config_class(**{**options, **more}))
+                model = cls(cls.config_class(**{**more, **options}))
             return model.eval()
         except Exception as e:  # noqa: BLE001 - whatever a class that cannot be built raises
             error = error or e
