@@ -11,6 +11,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -119,14 +120,17 @@ def pack(batch: Batch, *, seed: int) -> None:
 
 def rule_constants(rule: Rule) -> dict:
     """A rule's compile-time arguments. Raises NotImplementedError where kernels/triton has no rule of its name."""
+    return {"RULE": _update_of(rule.name), "STATES": len(rule.states), "FACTORS": len(rule.factor_names)}
+
+
+@cache
+def _update_of(name: str):
     try:
-        function = importlib.import_module(f"{__package__}.kernels.triton.{rule.name}").update
+        return importlib.import_module(f"{__package__}.kernels.triton.{name}").update
     except (ModuleNotFoundError, AttributeError):
         raise NotImplementedError(
-            f"the rule {rule.name!r} has no Triton kernel: write kernels/triton/{rule.name}.py, or choose "
-            "backend='reference'"
+            f"the rule {name!r} has no Triton kernel: write kernels/triton/{name}.py, or choose backend='reference'"
         ) from None
-    return {"RULE": function, "STATES": len(rule.states), "FACTORS": len(rule.factor_names)}
 
 
 def dtype_constants(dtypes: Iterable[torch.dtype]) -> dict:
@@ -198,9 +202,10 @@ def _numbers(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Batch.integers and Batch.reals on the device, from the host in one copy that nothing waits for."""
     if batch.integers.device == device:
         return batch.integers, batch.reals
-    size = batch.integers.numel()
-    both = to_device(torch.cat([batch.integers.reshape(-1), batch.reals.reshape(-1).view(torch.int64)]), device)
-    return both[:size], both[size:].view(torch.float64)
+    size = batch.reals.numel()
+    # the 64 bytes of a row of reals first: Triton compiles anew for a table that is not 16-byte aligned
+    both = to_device(torch.cat([batch.reals.reshape(-1).view(torch.int64), batch.integers.reshape(-1)]), device)
+    return both[size:], both[:size].view(torch.float64)
 
 
 def _tables(batch: Batch, device: torch.device, in_memory_order: bool) -> "_Tables":
