@@ -1,25 +1,50 @@
 # `make demo` and `make test` set up all they need in .venv. Extremely simple; keep it that way.
+# VENV=/path uses an environment that exists already, and installs nothing into it: `make test VENV=/usr`.
 
 PYTHON ?= python3
-PY := .venv/bin/python
+VENV ?= .venv
+PY := $(VENV)/bin/python3
 RUN := $(PY) -m
+READY := $(if $(filter .venv,$(VENV)),.venv/op,existing)
+WORKERS ?= logical
+# other versions that are here, for the test that one binary serves them all
+export GRADDROP_INTERPRETERS ?= $(wildcard $(CURDIR)/.venvs/*/bin/python3)
 
-demo: .venv/op
+demo: $(READY)
 	$(RUN) benchmarks.crosslingual.demo $(ARGS)
 
-test: .venv/op
-	$(RUN) pytest $(ARGS)
+# a process per core; one thread each, or they would wait for each other
+test: export OMP_NUM_THREADS ?= 1
+test: $(READY)
+	$(RUN) pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-lint: .venv/requirements
+lint: .venv/tools
 	$(RUN) ruff check
 	$(RUN) ruff format --check
+	$(RUN) mypy
+	$(RUN) codespell_lib
 
-bench: .venv/op
+bench: $(READY)
 	$(RUN) benchmarks $(ARGS)
 
+# all that a GPU has to say, in at most 25 minutes: docs/gpu-run.md
+gpu: $(READY)
+	$(RUN) benchmarks.gpu_run $(ARGS)
+
 fuzz: export GRADDROP_FUZZ ?= 10000
-fuzz: .venv/op
+fuzz: $(READY)
 	$(RUN) pytest -k fuzz --timeout 0 $(ARGS)
+
+# the suite under every set of versions in tests/matrix, one after the other; summaries in results/test-matrix
+test-matrix: .venv/op
+	$(MAKE) -k $(patsubst tests/matrix/%.txt,.venvs/%/tested,$(wildcard tests/matrix/*.txt))
+
+# a source archive and a wheel whose tag says which systems it runs on
+wheel: .venv/tools .venv/op
+	rm -rf dist && $(RUN) build -q --no-isolation --outdir dist/built
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist dist/built/*.whl
+	$(VENV)/bin/abi3audit --strict dist/*.whl
+	mv dist/built/*.tar.gz dist && rm -r dist/built && ls dist
 
 # the native op with sanitizers, in a folder of its own; libasan must come before Python
 sanitize: .venv/op
@@ -30,10 +55,12 @@ sanitize: .venv/op
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 ../../$(RUN) pytest tests/test_cpu*.py $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info graddrop_fused/_cpu.* .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venvs build dist *.egg-info graddrop_fused/_cpu.* .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: demo test lint bench fuzz sanitize clean
+.PHONY: demo test lint bench gpu fuzz test-matrix wheel sanitize clean existing
+.SECONDARY:
 
 # Debian packages: $(call install,PACKAGES) as root or by sudo, else it fails and says what to run
 install = { echo "installing $(1)"; if [ "$$(id -u)" = 0 ]; then S=; else S="sudo -n"; fi; \
@@ -48,9 +75,29 @@ install = { echo "installing $(1)"; if [ "$$(id -u)" = 0 ]; then S=; else S="sud
 	$(RUN) pip install -q -r requirements-dev.txt
 	touch $@
 
+.venv/tools: .venv/requirements requirements-tools.txt
+	$(RUN) pip install -q -r requirements-tools.txt
+	touch $@
+
 # without a compiler the package works on its PyTorch reference
-.venv/op: .venv/requirements pyproject.toml setup.py $(wildcard kernels/cpu/*)
+.venv/op: .venv/requirements pyproject.toml setup.py graddrop_fused/build_op.py $(wildcard kernels/cpu/*)
 	@command -v c++ >/dev/null || $(call install,g++) || echo "going on without a C++ compiler: no CPU op"
 	PYTHONWARNINGS=ignore $(RUN) pip install -q --no-build-isolation -e .
 	$(RUN) graddrop_fused
 	touch $@
+
+# an environment that is not ours: the op goes into the user's cache, and what runs is said
+existing:
+	$(RUN) graddrop_fused build || $(RUN) graddrop_fused
+
+# requirements-dev.txt with some versions replaced; the op is the one binary that .venv/op built
+.venvs/%/requirements: tests/matrix/%.txt requirements-dev.txt
+	for python in $$(sed -n 's/^# interpreters: //p' $<); do $$python -m venv .venvs/$* 2>/dev/null && break; done
+	.venvs/$*/bin/python3 -m pip install -q --upgrade pip
+	grep -vE "^($$(sed -nE 's/^([a-z]+).*/\1/p' $< | paste -sd'|'))\b" requirements-dev.txt | cat - $< > $@.txt
+	.venvs/$*/bin/python3 -m pip install -q -r $@.txt
+	mv $@.txt $@
+.venvs/%/tested: .venvs/%/requirements .venv/op
+	mkdir -p results/test-matrix
+	$(MAKE) test VENV=.venvs/$* > results/test-matrix/$*.txt 2>&1; status=$$?; \
+		echo "$*: $$(tail -n1 results/test-matrix/$*.txt)"; exit $$status

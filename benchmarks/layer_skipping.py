@@ -98,9 +98,9 @@ class Run:
             groups = param_groups(self.model, drop=LayerGradDrop(p=p))
             self.optimizer = GradDropAdamW(groups, lr=1e-5, effect=options.effect)
         self.by_hand = False
-        self.step(batch(0, options))  # makes the state of all layers
         if name == "skipped":
             skip_dropped_layers(self.model, self.optimizer)
+        self.step(batch(0, options))  # makes the state of all layers, and shows which parameters get a gradient
         self.by_hand = name == "frozen"
 
     def step(self, ids: torch.Tensor) -> tuple[float, float, float]:

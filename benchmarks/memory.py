@@ -20,7 +20,8 @@ def measure(step: Callable[[], object], device: str = "cpu") -> Memory:
     """Of one call. Memory that a kernel takes without torch's allocator is not seen."""
     if device != "cpu":
         return _on_gpu(step)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+    # acc_events: without it some versions of torch warn that events of earlier cycles, which there are none of, go
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         step()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0

@@ -38,6 +38,11 @@ CAPTIONS = {
 
 def write(run: Run, path: Path) -> None:
     """The report of ``run`` at ``path``, plots beside it."""
+    path.write_text("\n\n".join(document(run, path)) + "\n")
+
+
+def document(run: Run, path: Path) -> list[str]:
+    """The paragraphs of the report that is to stand at ``path``, whose plots it draws."""
     folder = path.parent / path.stem
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {name: plot(run, folder / f"{name}.png") for name, plot in plots.PLOTS.items()}
@@ -57,7 +62,7 @@ def write(run: Run, path: Path) -> None:
         " instructions per element (`python -m benchmarks.gpu_report`)."
         + (" No GPU was timed here." if run.device == "cpu" else ""),
     ]
-    path.write_text("\n\n".join(part for part in parts if part) + "\n")
+    return [part for part in parts if part]
 
 
 def table(case: CaseResult) -> str:

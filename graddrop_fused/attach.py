@@ -1,5 +1,6 @@
-"""Masks for any other optimizer: equation 2 of the paper, as a step pre-hook."""
+"""Masks for any other optimizer: equation 2 of the paper, on the gradients before each of its steps."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,21 +8,21 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import dispatch, preview, validate
-from .capture import capturing
-from .checkpoint import CLOCK
-from .clock import Clock
-from .plan import Bucket, Group, Layers, host_tables, make_buckets, members, packed_groups, policy_of, rows_at
+from .buckets import Bucket, Facts, make_buckets
+from .checks import check_choice
+from .clock import ENTRIES, Clock
+from .contract import Mask
+from .cuda_graph import capturing
+from .groups import Group, Layers, members, policy_of
+from .masked import MaskedOptimizer
+from .numbers import HostNumbers
 from .policies import Policy, policy_from_state
+from .rules import MaskOnly
 from .shards import local, local_gradient, placed_like
+from .tables import group_step
 
-_NO_ARITHMETIC = {
-    "lr": 0.0,
-    "betas": (0.0, 0.0),
-    "eps": 1.0,
-    "weight_decay": 0.0,
-    "maximize": False,
-    "effect": "gradient",
-}
+_HANDLE = "_graddrop_handle"
+_OF_MASKS = ("drop", "layer")  # of a group's entries, those that are the handle's
 
 
 def attach(
@@ -34,13 +35,19 @@ def attach(
 ) -> "MaskHandle":
     """Mask the gradients of ``optimizer`` in place, in one fused pass before each of its steps.
 
+    Gradients that a closure makes inside step() are masked as they are made, with one mask for all calls of a step.
+
     Args:
-        optimizer: any torch optimizer (SGD, Muon, Lion, an 8-bit Adam). A group's own ``group["drop"]`` wins over
-            ``drop``; ``group["layer"]`` names its layer.
+        optimizer: any torch optimizer (Muon, Adafactor, an 8-bit Adam), or Accelerate's wrapper of one. A group's own
+            ``group["drop"]`` wins over ``drop``; ``group["layer"]`` names its layer. Both move into the handle, so that
+            the optimizer's own checkpoints stay plain and do not change masks when they are loaded.
         drop, seed, steps_per_epoch, backend: as in GradDropAdamW.
 
     Returns:
         A handle with set_epoch, keep_mask, state_dict, load_state_dict and remove.
+
+    Raises:
+        TypeError, ValueError: naming the argument; nothing has changed then.
     """
     return MaskHandle(optimizer, drop, seed, steps_per_epoch, backend)
 
@@ -49,19 +56,20 @@ class MaskHandle:
     """What :func:`attach` returns. It counts its own draws, 1 first; steps that AMP skips do not count."""
 
     def __init__(self, optimizer: Optimizer, drop: Policy | None, seed: int, steps_per_epoch: int | None, backend: str):
-        dispatch.check_name(backend)
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer)}")
+        check_choice("backend", backend, ("auto", *dispatch.NAMES))
+        optimizer = _innermost(optimizer)
         validate.policy(drop, "gradient")
         self._optimizer, self._drop, self._backend = optimizer, drop, backend
-        self._loaded: list[Policy | None] = []  # policies from a checkpoint, by group
+        self._own: list[dict[str, Any]] = []  # each group's drop and layer
         self._clock = Clock(seed, steps_per_epoch)
-        for group in self._groups():
-            validate.policy(policy_of(group), "gradient")
-        validate.groups(self._groups())
+        groups = [self._group(group, self._found_in(group)) for group in optimizer.param_groups]
+        _check(groups)
+        self._take_over()
         self._key: list = []
+        self._facts: Facts | None = None
         self._buckets: list[Bucket] = []
-        self._hook = optimizer.register_step_pre_hook(self._mask)
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        setattr(optimizer, _HANDLE, self)
 
     @property
     def seed(self) -> int:
@@ -78,45 +86,64 @@ class MaskHandle:
 
     def keep_mask(self, param: Tensor) -> Tensor:
         """As GradDropAdamW.keep_mask."""
-        return preview.keep_mask(self._groups(), self._clock, param)
+        return preview.keep_mask(self.groups, self._clock, param)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and strings: seed, draw, epoch, steps_per_epoch and each group's policy."""
-        policies = [policy_of(group) for group in self._groups()]
+        policies = [policy_of(group) for group in self.groups]
         return {**self._clock.state(), "policies": [policy and policy.to_state() for policy in policies]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError, changing nothing, on a state with missing or extra entries."""
-        groups, expected = self._groups(), {*CLOCK, "policies"}
+        """Raises TypeError or ValueError, changing nothing, on a state with missing or extra entries, or bad values."""
+        groups, expected = self.groups, {*ENTRIES, "policies"}
         if set(state) != expected or len(state["policies"]) != len(groups):
             raise ValueError(
                 f"state must have {', '.join(sorted(expected))}, with {len(groups)} policies, got {sorted(state)}"
             )
-        current = [policy_of(group) for group in groups]
-        loaded = [policy_from_state(saved, now) for saved, now in zip(state["policies"], current, strict=True)]
-        for policy in loaded:
-            validate.policy(policy, "gradient")
-        validate.groups([{**group, "drop": policy} for group, policy in zip(groups, loaded, strict=True)])
-        self._clock = Clock.from_state({name: state[name] for name in CLOCK})
-        self._loaded = loaded
+        loaded = [policy_from_state(saved, policy_of(g)) for saved, g in zip(state["policies"], groups, strict=True)]
+        _check([{**group, "drop": policy} for group, policy in zip(groups, loaded, strict=True)])
+        self._clock = Clock.from_state({name: state[name] for name in ENTRIES})
+        for own, policy in zip(self._own, loaded, strict=True):
+            own["drop"] = policy
 
     def remove(self) -> None:
-        """Leave the optimizer as it was before attach()."""
+        """Leave the optimizer as it was before attach(). Calling it again does nothing."""
+        if getattr(self._optimizer, _HANDLE, None) is not self:
+            return
         self._hook.remove()
+        delattr(self._optimizer, _HANDLE)
+        for group, own in zip(self._optimizer.param_groups, self._own, strict=False):
+            group.update({name: own[name] for name in _OF_MASKS if own["given"].get(name)})
 
-    def _groups(self) -> list[Group]:
+    # Groups
+
+    @property
+    def groups(self) -> list[Group]:
         """The optimizer's groups, with what a mask needs and nothing of the optimizer's own arithmetic."""
-        return [
-            {
-                **{name: group[name] for name in ("params", "param_names", "layer") if name in group},
-                **_NO_ARITHMETIC,
-                "drop": self._loaded[g] if g < len(self._loaded) else group.get("drop", self._drop),
-            }
-            for g, group in enumerate(self._optimizer.param_groups)
-        ]
+        self._take_over()
+        return [self._group(group, own) for group, own in zip(self._optimizer.param_groups, self._own, strict=False)]
 
-    @torch.no_grad()
-    def _mask(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _take_over(self) -> None:
+        """Move groups' drop and layer into the handle, of groups that were added since as well."""
+        for g, group in enumerate(self._optimizer.param_groups):
+            if g == len(self._own):
+                self._own.append(self._found_in(group))
+            for name in _OF_MASKS:
+                group.pop(name, None)
+
+    def _found_in(self, group: Group) -> dict[str, Any]:
+        given = {name: name in group for name in _OF_MASKS}
+        return {"drop": group.get("drop", self._drop), "layer": group.get("layer"), "given": given}
+
+    @staticmethod
+    def _group(group: Group, own: dict[str, Any]) -> Group:
+        kept = {name: group[name] for name in ("params", "param_names") if name in group}
+        return {**kept, "drop": own["drop"], "layer": own["layer"], "effect": "gradient"}
+
+    # A step
+
+    @torch.compiler.disable
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if capturing():
             raise RuntimeError(
                 "attach() must not mask under CUDA graph capture: every replay would draw the same mask. Use "
@@ -124,48 +151,123 @@ class MaskHandle:
             )
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
-            return
-        groups = self._groups()
-        rows = rows_at(groups, Layers.of(groups), self._clock, self._clock.draw + 1)
-        tables, packed = host_tables(groups, rows), packed_groups(groups, rows)
+            return None
+        draw = self._clock.next_draw()
+        step_args = args[1:]  # the first one is the optimizer
+        closure = step_args[0] if step_args else kwargs.get("closure")
+        if closure is None:
+            self._mask(draw)
+            return None
+        masked = self._masking(closure, draw)
+        if step_args:
+            return (args[0], masked, *step_args[1:]), kwargs
+        return args, {**kwargs, "closure": masked}
+
+    def _masking(self, closure: Callable[[], Any], draw: int) -> Callable[[], Any]:
+        def evaluate():
+            with torch.enable_grad():
+                loss = closure()
+            self._mask(draw)
+            return loss
+
+        return evaluate
+
+    @torch.no_grad()
+    def _mask(self, draw: int) -> None:
+        groups = self.groups
+        numbers = HostNumbers(groups, Layers.of(groups))
+        rows = numbers.at(self._clock, draw)
+        packed = numbers.packed(rows)
+        for g in packed:
+            rows[g] = rows[g][0]._replace(mask=Mask.PACKED), rows[g][1]
         buckets = self._gather(groups)
-        self._clock.draw += 1
-        for bucket in buckets:
-            bucket.fill(*tables)
-            bucket.use_packed(packed, self.seed)
-            bucket.backend.mask_grads(bucket.batch, seed=self.seed)
-            bucket.batch.grads = []  # else zero_grad() would free nothing
+        try:
+            for bucket in buckets:
+                bucket.pack(packed, self.seed)
+                steps = {g: group_step(groups[g], bucket.rule, *rows[g]) for g in bucket.by_group}
+                bucket.tables.fill(steps, [1.0] * len(bucket.members), bucket.absent)
+            for bucket in buckets:
+                bucket.backend.update(bucket.batch, bucket.rule, seed=self.seed)
+                torch.autograd.graph.increment_version([g for g in bucket.batch.grads if g is not None])
+            self._clock.draw = draw
+        finally:
+            for bucket in buckets:
+                bucket.batch.params = bucket.batch.grads = []  # else zero_grad() would free nothing
 
     def _gather(self, groups: list[Group]) -> list[Bucket]:
-        every = members(groups)
-        grads = [m.param.grad for m in every]
-        for member, grad in zip(every, grads, strict=True):
-            validate.gradient(member, grad)
-        wanted = [
-            i for i, grad in enumerate(grads) if grad is not None and policy_of(groups[every[i].group]) is not None
+        """Buckets that hold the gradients of now. A gradient that is missing keeps its place."""
+        every = [m for m in members(groups)]
+        wanted = [i for i, m in enumerate(every) if policy_of(groups[m.group]) is not None]
+        for i in wanted:
+            validate.gradient(every[i], every[i].param.grad)
+        key = [
+            (i, id(every[i].param), policy_of(groups[every[i].group]), groups[every[i].group]["layer"]) for i in wanted
         ]
-        key = [(i, id(every[i].param), grads[i].dtype, policy_of(groups[every[i].group])) for i in wanted]
-        if key != self._key:
+        params = [local(every[i].param) for i in wanted]
+        grads = [every[i].param.grad for i in wanted]
+        dtypes = {i: every[i].param.dtype if g is None else g.dtype for i, g in zip(wanted, grads, strict=True)}
+        fits = key == self._key and self._facts is not None and self._facts.hold(params)
+        fits = fits and all(
+            grad is None or grad.dtype == bucket.grad_dtype
+            for bucket in self._buckets
+            for grad in (every[i].param.grad for i in bucket.positions)
+        )
+        if not fits:
+            rule = MaskOnly()
             self._buckets = make_buckets(
                 groups,
                 every,
                 wanted,
-                lambda i: (grads[i].dtype,),
-                lambda p: dispatch.choose(self._backend, p.device, p.dtype, p.dim()),
+                lambda i: (rule, dtypes[i], None),
+                lambda p: dispatch.choose_for(self._backend, p),
             )
-            self._key = key
+            self._key, self._facts = key, Facts(params)
+        taken: set[int] = set()
         for bucket in self._buckets:
-            owners = [every[i].param for i in bucket.positions]
-            bucket.batch.grads = [local_gradient(param, _in_place(param)) for param in owners]
+            found = [_in_place(every[i].param, taken) for i in bucket.positions]
+            bucket.absent = [k for k, grad in enumerate(found) if grad is None]
+            bucket.batch.params = bucket.batch.grads = found
         return self._buckets
 
 
-def _in_place(param: Tensor) -> Tensor:
-    """The gradient of ``param``, where masks reach it: of its own memory (an expanded one is copied), and lying like
-    its parameter (a DTensor that does not is put there first, as the optimizer would)."""
+def _innermost(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside wrappers such as Accelerate's, if masks can be attached to it."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer)}")
+    if isinstance(optimizer, MaskedOptimizer):
+        raise TypeError(f"optimizer must not be a {type(optimizer).__name__}, which masks by itself: give it drop=")
+    if hasattr(optimizer, _HANDLE):
+        raise ValueError(
+            "optimizer must not have masks attached already (gradients would be masked and scaled twice): call its "
+            "handle's remove() first"
+        )
+    return optimizer
+
+
+def _check(groups: list[Group]) -> None:
+    for group in groups:
+        validate.policy(policy_of(group), "gradient")
+    validate.all_groups(groups)
+
+
+def _in_place(param: Tensor, taken: set[int]) -> Tensor | None:
+    """The gradient of ``param``, where masks reach it: of its own memory (one that is expanded, lazy, or another
+    parameter's as well is copied), and lying like its parameter (a DTensor that does not is put there first)."""
+    if param.grad is None:
+        return None
     grad = placed_like(param, param.grad)
-    if validate.expanded(local(grad)):
+    part = local(grad)
+    if (
+        part.is_neg()
+        or part.is_conj()
+        or validate.overlaps_itself(part)
+        or validate.expanded(part)
+        or id(grad) in taken
+    ):
         grad = grad.clone(memory_format=torch.contiguous_format)
     if grad is not param.grad:
         param.grad = grad
-    return grad
+    taken.add(id(grad))
+    return local_gradient(param, grad)

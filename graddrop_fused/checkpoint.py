@@ -1,103 +1,168 @@
-"""Checkpoints: ours, and those of torch.optim.AdamW. Everything is checked before anything is loaded."""
+"""Checkpoints: ours, and those of the torch optimizer of the same name. All is checked before anything is loaded."""
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import validate
-from .adamw_bucket import MOMENTS
-from .clock import Clock
-from .policies import Policy, policy_from_state
+from . import mask_stream, state, validate
+from .checks import check_int, plain
+from .clock import ENTRIES, Clock
+from .policies import policy_from_state
+from .rules import Rule
 
-OURS = ("drop", "effect", "layer")  # what a group of a torch checkpoint lacks
-CLOCK = ("seed", "draw", "epoch", "steps_per_epoch")
+STREAM = "mask_stream"  # the entry that tells by which version of the mask stream a checkpoint was made
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint comes to, checked and copied."""
+
+    groups: list[dict[str, Any]]  # without params
+    entries: dict[Tensor, tuple[Mapping[str, Any], Rule]]  # parameter -> (saved state, its group's rule)
+    clock: Clock
+
+
+def of_clock(clock: Clock) -> dict[str, Any]:
+    """What a group's masks depend on, in plain numbers."""
+    return {**clock.state(), STREAM: mask_stream.VERSION}
+
+
+def pack(groups: Sequence[Mapping[str, Any]], entries: Mapping[Any, Any], clock: Clock) -> dict[str, Any]:
+    """The state dict: torch's form, in plain numbers and strings but for tensors."""
+    index: dict[int, int] = {}
+    packed_groups = []
+    for group in groups:
+        for param in group["params"]:
+            index.setdefault(id(param), len(index))
+        values = {name: _plain(name, value) for name, value in group.items() if name not in ("params", "drop")}
+        drop = group["drop"] and group["drop"].to_state()
+        indices = [index[id(param)] for param in group["params"]]
+        packed_groups.append({**values, **of_clock(clock), "drop": drop, "params": indices})
+    packed = {index[id(key)] if isinstance(key, Tensor) else key: entry for key, entry in entries.items()}
+    return {"state": packed, "param_groups": packed_groups}
+
+
+def _plain(name: str, value: Any) -> Any:
+    try:
+        return value if isinstance(value, Tensor) else plain(name, value)
+    except TypeError:
+        return value  # what the user put into a group is the user's to save
 
 
 def check(
-    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], clock: Clock
-) -> tuple[list[Policy | None], Clock, dict[str, Any]]:
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], clock: Clock, rule_class: type[Rule]
+) -> Loaded:
     """Check a checkpoint against the groups it is to be loaded into.
 
-    Returns:
-        (each group's policy, the clock to go on with, a state dict that torch.optim.Optimizer can load).
-
     Raises:
-        ValueError: naming the entry that is missing, extra, or of another shape.
+        TypeError, ValueError: naming the entry that is missing, extra, of another shape or of a value that cannot be.
     """
     for name in ("state", "param_groups"):
         if name not in state_dict:
             raise ValueError(f"the checkpoint must have an entry {name!r}, got {sorted(map(str, state_dict))}")
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
+    _check_type("state", saved_state, Mapping)
+    _check_type("param_groups", saved_groups, Sequence)
     if len(saved_groups) != len(groups):
         raise ValueError(
             f"the checkpoint must have {len(groups)} param groups like the optimizer, got {len(saved_groups)}"
         )
-
-    owners: dict[Any, tuple[Tensor, bool]] = {}
-    plain_groups, policies = [], []
-    for g, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        if len(saved["params"]) != len(group["params"]):
-            raise ValueError(
-                f"the checkpoint's param group {g} must have {len(group['params'])} parameters like the optimizer's, "
-                f"got {len(saved['params'])}"
-            )
-        names = saved.get("param_names")
-        if names is not None and len(names) != len(group["params"]):
-            raise ValueError(
-                f"the checkpoint's param_names of group {g} must have {len(group['params'])} names, got {names!r}"
-            )
-        policies.append(policy_from_state(saved.get("drop", group["drop"]), group["drop"]))
-        kept = {name: group[name] for name in OURS if name in group and name not in saved}
-        # the policy is set after loading: torch deep-copies groups, masks of a StaticMask with them
-        plain_groups.append({k: v for k, v in {**saved, **kept}.items() if k not in CLOCK} | {"drop": None})
+    loaded = [_group(g, saved, group) for g, (saved, group) in enumerate(zip(saved_groups, groups, strict=True))]
+    with_params = [{**values, "params": group["params"]} for values, group in zip(loaded, groups, strict=True)]
+    for group in with_params:
+        validate.group_options(group, rule_class)
+    validate.all_groups(with_params)
+    owners: dict[Any, tuple[Tensor, Rule]] = {}
+    for saved, group in zip(saved_groups, with_params, strict=True):
+        rule = rule_class.of(group)
         for index, param in zip(saved["params"], group["params"], strict=True):
-            owners[index] = param, bool(saved.get("amsgrad", group["amsgrad"]))
-
-    loaded = [
-        {**group, **saved, "params": group["params"], "drop": policy}
-        for group, saved, policy in zip(groups, saved_groups, policies, strict=True)
-    ]
-    for group in loaded:
-        validate.group_options(group)
-    validate.groups(loaded)
+            owners[index] = param, rule
+    entries = {}
     for index, entry in saved_state.items():
         if index not in owners:
             raise ValueError(f"the checkpoint has state for parameter {index!r}, which none of its param groups lists")
-        _check_entry(index, entry, *owners[index])
-    return policies, _clock(saved_groups, saved_state, clock), {"state": saved_state, "param_groups": plain_groups}
+        param, rule = owners[index]
+        entry = _entry(index, entry, param, rule)
+        if entry:
+            entries[param] = entry, rule
+    return Loaded(loaded, entries, _clock(saved_groups, entries, clock))
 
 
-def _check_entry(index: Any, entry: Mapping[str, Any], param: Tensor, amsgrad: bool) -> None:
+def _check_type(name: str, value: Any, wanted: type) -> None:
+    if not isinstance(value, wanted) or isinstance(value, str):
+        raise TypeError(f"the checkpoint's {name} must be a {wanted.__name__.lower()}, got {type(value)}")
+
+
+def _group(g: int, saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group as it will be: what the checkpoint lacks stays as it is."""
+    _check_type(f"param group {g}", saved, Mapping)
+    _check_type(f"params of group {g}", saved.get("params"), Sequence)
+    count = len(group["params"])
+    if len(saved["params"]) != count:
+        raise ValueError(
+            f"the checkpoint's param group {g} must have {count} parameters like the optimizer's, "
+            f"got {len(saved['params'])}"
+        )
+    names = saved.get("param_names")
+    if names is not None and (
+        not isinstance(names, Sequence) or len(names) != count or not all(isinstance(name, str) for name in names)
+    ):
+        raise ValueError(f"the checkpoint's param_names of group {g} must have {count} names, got {names!r:.200}")
+    _check_stream(g, saved)
+    policy = policy_from_state(saved.get("drop", group["drop"]), group["drop"])
+    # a StaticMask's masks are not to be copied, and the clock is kept elsewhere
+    skipped = {"params", "drop", STREAM, *ENTRIES}
+    values = {k: copy.deepcopy(v) for k, v in saved.items() if k not in skipped}
+    kept = {k: v for k, v in group.items() if k not in skipped}
+    return {**kept, **values, "drop": policy}
+
+
+def _check_stream(g: int, saved: Mapping[str, Any]) -> None:
+    """A checkpoint of a masked optimizer must be of this version: its masks would silently be others."""
+    if ("draw" in saved or STREAM in saved) and saved.get(STREAM) != mask_stream.VERSION:
+        raise ValueError(
+            f"the checkpoint's {STREAM} of group {g} must be {mask_stream.VERSION}, the version that this package "
+            f"draws masks by, got {saved.get(STREAM)!r}: resumed under another version its masks would be others"
+        )
+
+
+def _entry(index: Any, entry: Any, param: Tensor, rule: Rule) -> dict[str, Any]:
+    """One parameter's saved state, with torch's ways filled in. Empty: it never had a step."""
+    _check_type(f"state of parameter {index!r}", entry, Mapping)
+    entry = {name: value for name, value in entry.items() if value is not None}
+    if "step" not in entry and rule.steps_may_be_unknown:
+        if entry:  # of an optimizer that keeps no count: this is not its first step
+            entry["step"] = 1.0
     if not entry:
-        return
-    expected = {"step", *MOMENTS[: 3 if amsgrad else 2]}
+        return {}
+    expected = {"step", *rule.states}
     for problem, names in (("lacks", expected - set(entry)), ("has an extra", set(entry) - expected)):
         if names:
             raise ValueError(
-                f"the checkpoint's state of parameter {index!r} {problem} entry {sorted(names)[0]!r}; "
-                f"with amsgrad={amsgrad} it must have {', '.join(sorted(expected))}"
+                f"the checkpoint's state of parameter {index!r} {problem} entry {sorted(map(str, names))[0]!r}; "
+                f"under {rule} it must have {', '.join(sorted(expected))}"
             )
-    for name in expected - {"step"}:
-        if entry[name].shape != param.shape:
-            raise ValueError(
-                f"the checkpoint's {name} of parameter {index!r} must have shape {tuple(param.shape)}, "
-                f"got {tuple(entry[name].shape)}"
-            )
-    if torch.as_tensor(entry["step"]).numel() != 1:
-        raise ValueError(f"the checkpoint's step of parameter {index!r} must be one number, got {entry['step']!r}")
+    state.check_step(f"the checkpoint's step of parameter {index!r}", entry["step"])
+    for name in rule.states:
+        state.check_tensor(f"the checkpoint's {name} of parameter {index!r}", entry[name], param)
+    return entry
 
 
-def _clock(saved_groups: Sequence[Mapping[str, Any]], saved_state: Mapping[Any, Any], clock: Clock) -> Clock:
+def _clock(
+    saved_groups: Sequence[Mapping[str, Any]], entries: Mapping[Tensor, tuple[Mapping[str, Any], Rule]], clock: Clock
+) -> Clock:
     saved = saved_groups[0] if saved_groups else {}
     if "draw" in saved:
-        missing = [name for name in CLOCK if name not in saved]
+        missing = [name for name in ENTRIES if name not in saved]
         if missing:
             raise ValueError(f"the checkpoint's param group 0 has a draw, but lacks {missing[0]!r}; it must have both")
-        merged = {name: saved[name] for name in CLOCK}
+        merged = {name: saved[name] for name in ENTRIES}
         if merged["steps_per_epoch"] is None:
             merged["steps_per_epoch"] = clock.steps_per_epoch
         return Clock.from_state(merged)
-    steps = [int(entry["step"]) for entry in saved_state.values() if entry]
-    return Clock.from_state({**clock.state(), "draw": max(steps, default=0)})
+    steps = [int(torch.as_tensor(entry["step"])) for entry, _ in entries.values()]
+    draw = max(steps, default=0)
+    check_int("the checkpoint's largest step, which stands in for the draw,", draw, 0, mask_stream.WORD)
+    return Clock.from_state({**clock.state(), "draw": draw})

@@ -5,7 +5,6 @@ forces a level, in the manner of ATEN_CPU_CAPABILITY. Results do not depend on t
 """
 
 import os
-from array import array
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .contract import CONTRACT_VERSION, Batch, Integer, Layout, Real, layout_row
+from . import build_op, mask_stream
+from .contract import CONTRACT_VERSION, Batch, Integer, Layout, Real
+from .layout import LayoutTable
+from .rules import Rule
 
 LEVELS = ("default", "avx2", "avx512")
 ORACLE = 3  # one element at a time; only tests ask for it
@@ -33,15 +35,16 @@ def levels() -> list[str]:
     return [] if unavailable(torch.device("cpu")) else list(LEVELS[: torch.ops.graddrop_fused_cpu.best_level() + 1])
 
 
-def adamw(
+def update(
     batch: Batch,
+    rule: Rule,
     *,
     seed: int,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     level: int | None = None,
 ) -> None:
-    """One masked AdamW step for every tensor of the batch, in place. See :func:`graddrop_fused.reference.adamw`.
+    """One masked step of ``rule`` for every tensor of the batch, in place. See :func:`graddrop_fused.reference.update`.
 
     ``level`` (an index into ``LEVELS``, or ``ORACLE``) is for tests.
     """
@@ -49,69 +52,33 @@ def adamw(
         return
     inv_grad_scale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
     ops, level = _op(level)
-    layout, dtypes = _layout(batch)
-    ops.adamw(layout, batch.integers, batch.reals, dtypes, _signed(seed), inv_grad_scale, level)
-
-
-def mask_grads(batch: Batch, *, seed: int, level: int | None = None) -> None:
-    """Equation 2 alone, in place on every gradient: rescale * grad where kept, else 0."""
-    if batch.grads:
-        ops, level = _op(level)
-        layout, dtypes = _layout(batch)
-        ops.mask_grads(layout, batch.integers, batch.reals, dtypes, _signed(seed), level)
+    number = _rule_number(rule.name, len(batch.states))
+    layout, dtypes = _tables(batch)
+    ops.update(layout, batch.integers, batch.reals, number, dtypes, _signed(seed), inv_grad_scale, level)
 
 
 def pack(batch: Batch, *, seed: int, level: int | None = None) -> None:
     """Draw every tensor's mask and write it to ``batch.packed`` (int32 words, local row-major order)."""
     if batch.packed:
         ops, level = _op(level)
-        layout, _ = _layout(batch)
+        layout, _ = _tables(batch)
         ops.pack(layout, batch.integers, batch.reals, _signed(seed), level)
 
 
-def _layout(batch: Batch) -> tuple[Tensor, int]:
+def _tables(batch: Batch) -> tuple[Tensor, int]:
     """The layout table, gradients as of now, and the op's code for the batch's dtypes."""
-    table = batch.cache.get("cpu")
-    if table is None:
-        table = batch.cache["cpu"] = _Table(batch)
-    else:
-        table.refresh(batch)
-    return table.layout, table.dtypes
+    cached = batch.cache.get("cpu")
+    if cached is None:
+        cached = batch.cache["cpu"] = [LayoutTable(batch), _dtypes(batch)]
+    elif cached[0].refresh(batch):
+        cached[1] = _dtypes(batch)
+    return cached[0].table, cached[1]
 
 
-class _Table:
-    def __init__(self, batch: Batch):
-        rows = [layout_row(batch, i) for i in range(len(batch.shards))]
-        self.layout = torch.tensor(rows, dtype=torch.int64).reshape(-1, Layout.columns())
-        # of the gradients that the rows describe: where there is none, of the parameter, as in layout_row
-        described = [p if g is None else g for p, g in zip(batch.params, batch.grads, strict=False)]
-        self.grad_strides = [t.stride() for t in described]
-        self.contiguous = all([t.is_contiguous() for t in described])
-        self.pointers = self.layout[:, Layout.GRAD].tolist()
-        self.fixed_dtypes = _dtype_code("parameter", batch.params) + 16 * _dtype_code("state", batch.exp_avgs)
-        self.dtypes = self.fixed_dtypes + 4 * _dtype_code("gradient", batch.grads)
-
-    def refresh(self, batch: Batch) -> None:
-        pointers = [0 if g is None else g.data_ptr() for g in batch.grads]
-        if pointers != self.pointers:
-            self.pointers = pointers
-            self.layout[:, Layout.GRAD] = torch.frombuffer(array("q", pointers), dtype=torch.int64)
-            self.dtypes = self.fixed_dtypes + 4 * _dtype_code("gradient", batch.grads)
-        # two contiguous tensors of one shape have the same strides, and asking for strides costs more
-        if not (self.contiguous and _all_contiguous(batch.grads)):
-            self._refresh_strides(batch)
-
-    def _refresh_strides(self, batch: Batch) -> None:
-        for i, grad in enumerate(batch.grads):
-            if grad is not None and grad.stride() != self.grad_strides[i]:
-                self.grad_strides[i] = grad.stride()
-                self.layout[i] = torch.tensor(layout_row(batch, i), dtype=torch.int64)
-        # an absent gradient's row still holds the strides of one that may have been another way round
-        self.contiguous = None not in batch.grads and _all_contiguous(batch.grads)
-
-
-def _all_contiguous(grads: Sequence[Tensor | None]) -> bool:
-    return all([g is None or g.is_contiguous() for g in grads])  # a list is faster than a generator
+def _dtypes(batch: Batch) -> int:
+    param = _dtype_code("parameter", batch.params)
+    state = _dtype_code("state", batch.states[0] if batch.states else batch.params)
+    return param + 4 * _dtype_code("gradient", batch.grads) + 16 * state
 
 
 def _dtype_code(name: str, tensors: Sequence[Tensor | None]) -> int:
@@ -126,6 +93,17 @@ def _signed(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
+@cache
+def _rule_number(name: str, states: int) -> int:
+    number = torch.ops.graddrop_fused_cpu.rule(name, states)
+    if number < 0:
+        raise ValueError(
+            f"rule must be one that kernels/cpu/rules.h lists with its number of states, got {name!r} with {states}; "
+            "backend='reference' takes any"
+        )
+    return number
+
+
 def _op(level: int | None):
     """The loaded op and the level to run."""
     default, reason = _load()
@@ -137,25 +115,39 @@ def _op(level: int | None):
 @cache
 def _load() -> tuple[int, str | None]:
     """Load the op: (level to run, why it is unavailable or None)."""
-    paths = [p for p in sorted(Path(__file__).parent.glob("_cpu.*")) if p.suffix in (".so", ".pyd", ".dylib")]
-    if not paths:
+    path = build_op.find(Path(__file__).parent)
+    if path is None:
         return 0, (
-            "the native CPU op was not built (a C++ compiler and torch must be visible when the package is built); "
-            "to get it: pip install --no-build-isolation -e ."
+            "the native CPU op was not built; with a C++ compiler that takes half a minute: "
+            "python -m graddrop_fused build"
         )
     try:
-        torch.ops.load_library(paths[0])
+        torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
-        return 0, f"the native CPU op {paths[0].name} does not load: {str(error).splitlines()[0]}"
-    ops = torch.ops.graddrop_fused_cpu
-    built = ops.contract_version(), ops.layout_columns(), ops.integer_columns(), ops.real_columns()
-    wanted = CONTRACT_VERSION, Layout.columns(), len(Integer), len(Real)
-    if built != wanted:
+        return 0, f"the native CPU op {path.name} does not load: {str(error).splitlines()[0]}"
+    difference = _difference(torch.ops.graddrop_fused_cpu)
+    if difference:
         return 0, (
-            f"the native CPU op {paths[0].name} was built for another version of this package (contract {built}, "
-            f"not {wanted}); build it again: pip install --no-build-isolation -e ."
+            f"the native CPU op {path.name} was built for another version of this package ({difference}); "
+            "build it again: python -m graddrop_fused build"
         )
-    return _choose_level(os.environ.get(_CAPABILITY), ops.best_level())
+    return _choose_level(os.environ.get(_CAPABILITY), torch.ops.graddrop_fused_cpu.best_level())
+
+
+def _difference(ops) -> str | None:
+    """What the op was built for, where that is not what this package needs."""
+    needed = {
+        "contract_version": CONTRACT_VERSION,
+        "mask_stream_version": mask_stream.VERSION,
+        "layout_columns": Layout.columns(),
+        "integer_columns": len(Integer),
+        "real_columns": Real.columns(),
+    }
+    for name, number in needed.items():
+        built = getattr(ops, name)() if hasattr(ops, name) else None
+        if built != number:
+            return f"{name.replace('_', ' ')} {built}, not {number}"
+    return None
 
 
 def _choose_level(capability: str | None, best: int) -> tuple[int, str | None]:

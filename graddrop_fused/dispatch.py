@@ -5,15 +5,17 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from .contract import MAX_DIMS
+from .shards import is_dtensor
 
 NAMES = ("triton", "cpu", "reference")
 
 
 @cache
 def load(name: str) -> ModuleType:
-    """The module of backend ``name``: adamw, mask_grads, pack and unavailable, as kernels/README.md says."""
+    """The module of backend ``name``: update, pack and unavailable, as kernels/README.md says."""
     if name == "triton":
         from . import triton_backend as module
     elif name == "cpu":
@@ -44,6 +46,19 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, dim: int = 
     if reason is not None:
         raise RuntimeError(f"backend={requested!r} cannot serve {dtype} tensors on {device}: {reason}")
     return load(requested)
+
+
+def choose_for(requested: str, param: Tensor) -> ModuleType:
+    """The backend that serves ``param``. Raises RuntimeError if ``requested`` names one that cannot."""
+    if type(param) not in (Tensor, torch.nn.Parameter) and not is_dtensor(param):
+        # kernels go by addresses, and what a subclass means by its elements need not lie there
+        if requested in ("auto", "reference"):
+            return load("reference")
+        raise RuntimeError(
+            f"backend={requested!r} cannot serve a parameter of class {type(param).__name__}; backend='auto' takes the "
+            "reference"
+        )
+    return choose(requested, param.device, param.dtype, param.dim())
 
 
 @cache

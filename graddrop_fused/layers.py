@@ -1,60 +1,57 @@
 """The layers of a transformers model, and parameter groups that follow them."""
 
+import bisect
+import itertools
 import re
 
 from torch import nn
 
 from .names import canonical_name
-from .policies import GradFreeze, Policy
+from .policies import Policy
+from .stacks import Part, Walk
+from .targets import ATTENTION, attention_projections
 
-# Modules beside the stack that work on the last block's output. Order of registration says nothing: DeBERTa's
-# relative embeddings come behind its blocks.
+# Modules of the base model that work on the last block's output, where its forward() does not say when they run.
 _OUTPUT_SIDE = re.compile(r"(?:pooler|norm|ln_f|layernorm|post_layernorm|final_\w+)\.")
 
-# The paper's theta: key, value and output projections. Where query, key and value are one matrix, that one.
-_ATTENTION = re.compile(
-    r"(?:^|\.)[^.]*att[^.]*\.(?:[^.]+\.)?"
-    r"(?:key|value|[kvo]|[kv]_lin|out_lin|(?:key|value|[kvo]|out)_proj|w?qkv(?:_proj)?|query_key_value"
-    r"|c_attn|c_proj|wo|in_proj|dense)[._](?:weight|bias)$",
-    re.IGNORECASE,
-)
+# PEFT's name of what prompt, prefix and P-tuning train: virtual tokens before the first block.
+_PROMPTS = "prompt_encoder"
 
 
 def find_layers(model: nn.Module, *, stack: str | None = None) -> dict[str, dict[str, nn.Parameter]]:
     """Which layer each parameter of a model belongs to.
 
-    Depth is read from the module tree, never from the order of parameters: the stack is the one ModuleList of equal
-    blocks, a layer each. What lies outside the base model, and the base model's pooler and final norm, is the head;
-    the rest of the base model is the embeddings. A tied parameter belongs to a block if any block has it, else to the
-    embeddings. Shared blocks (ALBERT) are one layer, since they have one set of parameters. In a model that is not
-    from transformers, what is named after embeddings is the embeddings, and the rest outside the stack is the head.
+    A layer is one block of the model's stacks: of an encoder, a decoder, or of all in turn, in the order in which
+    forward() runs them. That order is read from the source of the model's forward methods (stacks.py); the order of
+    parameters says nothing. Where stages have blocks (Swin, ResNet), a block is a layer. What runs before the first
+    block, and every embedding, is the embeddings; what runs behind the last one, final norm and pooler included, is
+    the head. What runs between two blocks belongs to the one whose module it shares, else to the earlier one: an
+    encoder's final norm to its last block. A tied parameter belongs to the first block that has it, else to the
+    embeddings. Shared blocks (ALBERT) are one layer, since they have one set of parameters.
 
     Args:
         model: may be wrapped (torch.compile, DDP, FSDP2, PEFT).
-        stack: dotted name of the stack, for a model with several (an encoder-decoder).
+        stack: dotted name of a ModuleList whose elements shall be the blocks, and nothing else: one stack of several,
+            or the stages in place of their blocks.
 
     Returns:
         {"embeddings": {...}, "layer.0": {...}, ..., "head": {...}}, in this order, without empty layers. The inner
         keys are names as in ``model.named_parameters()``, less wrapper components.
 
     Raises:
-        ValueError: if there is no stack, or several and ``stack`` names none of them.
+        ValueError: if there are no blocks, if nothing says in which order several stacks run, or if ``stack`` names no
+            ModuleList.
     """
-    base_name, base = _base_model(model)
-    inside = f"{base_name}." if base_name else ""
-    prefix = _stack_name(model, inside, stack) + "."
-    beside = prefix.rpartition(".")[0].rpartition(".")[0]
-    beside = f"{beside}." if beside else ""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r:.100}")
+    layer_at = _layers_by_prefix(model, stack)
 
-    def layer_of(name):
-        if name.startswith(prefix):
-            return f"layer.{int(name[len(prefix) :].split('.')[0])}"
-        if base is None:
-            return "embeddings" if "emb" in name.lower() else "head"
-        behind = any(name.startswith(at) and _OUTPUT_SIDE.match(name[len(at) :]) for at in (inside, beside))
-        return "embeddings" if name.startswith(inside) and not behind else "head"
+    def layer_of(name: str) -> str:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:i]) for i in range(len(parts), 0, -1))
+        return next(layer_at[prefix] for prefix in prefixes if prefix in layer_at)
 
-    layers = {}
+    layers: dict[str, dict[str, nn.Parameter]] = {}
     for names, param in _named_parameters(model):
         layer = min(map(layer_of, names), key=_precedence)
         layers.setdefault(layer, {})[names[0]] = param
@@ -75,8 +72,7 @@ def param_groups(
 
     A layer has up to four groups, with and without weight decay, with and without ``drop``; they share
     ``group["layer"]``. Groups come in the order embeddings, blocks, head. Each has the keys params (a list of
-    (name, parameter)), weight_decay, drop and layer, and with GradFreeze effect="freeze", since weight decay would
-    still move a frozen layer otherwise. lr and the rest are the optimizer's.
+    (name, parameter)), weight_decay, drop and layer. lr and the rest are the optimizer's.
 
     Args:
         model: a transformers model, wrapped or not; see :func:`find_layers`. Parameters that do not require a gradient
@@ -84,7 +80,9 @@ def param_groups(
         weight_decay: for all parameters but biases and norms (those with fewer than two dimensions), which get 0.
         drop: the policy of the targeted parameters; all others get None.
         targets: "all"; "attention", the key, value and output projections of the blocks' attention (the paper's
-            theta); or a regular expression that is searched in parameter names.
+            theta = {K, V, U} by its words); "attention+query", these and the query projections (theta by its equation
+            1, where K and V map to queries and keys, and U to values); or a regular expression that is searched in
+            parameter names.
         exclude: a regular expression; parameters whose names it is found in are not targeted.
         include_head: whether LayerGradDrop and GradFreeze also drop the head. It is new and must learn, so by default
             they don't. Other policies always treat it like any layer.
@@ -104,18 +102,8 @@ def param_groups(
     if not in_layer:
         raise ValueError("model must have parameters that require a gradient; all of its parameters are frozen")
 
-    dropped = _targeted(in_layer, targets)
-    if exclude is not None:
-        dropped -= _matching("exclude", exclude, in_layer)
-    if drop is not None and drop.layerwise and not include_head:
-        dropped -= {name for name, layer in in_layer.items() if layer == "head"}
-    if not dropped:
-        raise ValueError(
-            f"targets={targets!r} with exclude={exclude!r} and include_head={include_head!r} must leave a parameter to "
-            f"drop, and leaves none of {_some(in_layer)}"
-        )
-
-    groups = {}
+    dropped = _dropped(model, in_layer, drop, targets, exclude, include_head)
+    groups: dict[tuple, dict] = {}
     for name, layer in in_layer.items():
         param = layers[layer][name]
         decay = weight_decay if param.dim() >= 2 else 0.0
@@ -124,8 +112,6 @@ def param_groups(
             (layer, param.dim() >= 2, name in dropped),
             {"params": [], "weight_decay": decay, "drop": policy, "layer": layer},
         )
-        if isinstance(policy, GradFreeze):
-            group["effect"] = "freeze"
         group["params"].append((name, param))
     return list(groups.values())
 
@@ -140,48 +126,84 @@ def _base_model(model: nn.Module) -> tuple[str, nn.Module | None]:
     return "", None
 
 
-def _stack_name(model: nn.Module, inside: str, stack: str | None) -> str:
+def _layers_by_prefix(model: nn.Module, stack: str | None) -> dict[str, str]:
+    """The layer of each part of the model, by the names of modules (and parameters outside them)."""
+    parts = _parts(model, stack)
+    inside, base = _base_model(model)
+    blocks = [i for i, part in enumerate(parts) if part.is_block]
+    number = {i: f"layer.{n}" for n, i in enumerate(blocks)}
+    layers = {}
+    for i, part in enumerate(parts):
+        if part.is_block:
+            layer = number[i]
+        elif part.names[0].endswith(_PROMPTS):
+            layer = "embeddings"
+        elif not part.known:
+            layer = _layer_by_name(part, inside, base is not None)
+        elif i < blocks[0]:
+            layer = "embeddings"
+        elif i > blocks[-1]:
+            layer = "head"
+        else:
+            nearest, stage = _nearest(parts, blocks, i)
+            layer = "embeddings" if _is_embedding(part) and not stage else number[nearest]
+        layers.update(dict.fromkeys(part.names, layer))
+    return layers
+
+
+def _parts(model: nn.Module, stack: str | None) -> list[Part]:
+    """Parts of the model in order, with a block among them."""
     if stack is not None:
         names = [canonical_name(name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         if canonical_name(stack) not in names:
             raise ValueError(f"stack must name a ModuleList of the model, one of {names}, got {stack!r}")
-        return canonical_name(stack)
-    found = []
-    for name, module in model.named_modules():
-        name = canonical_name(name)
-        nested = any(name.startswith(f"{outer}.") for outer in found)
-        if name.startswith(inside) and not nested and _is_stack(module):
-            found.append(name)
-    if len(found) != 1:
-        problem = f"{len(found)} of them: {found}" if found else "none"
+        stack = canonical_name(stack)
+    walk = Walk.through(model, stack)
+    if not any(part.is_block for part in walk.parts):
         raise ValueError(
-            f"model must have one stack of encoder or decoder blocks (a ModuleList of blocks of one class), and "
-            f"{type(model).__name__} has {problem}. Name the right ModuleList, as in stack='encoder.block'"
+            f"model must have a stack of encoder or decoder blocks (a ModuleList of modules that have submodules), and "
+            f"{type(model).__name__} has none among its parts {_some(part.names[0] for part in walk.parts)}. If one of "
+            "its ModuleLists is the stack, name it, as in stack='encoder.block'"
         )
-    return found[0]
+    if walk.unordered:
+        stacks = [*dict.fromkeys(part.names[0].rpartition(".")[0] for part in walk.parts if part.is_block)]
+        raise ValueError(
+            f"model must say in which order its stacks run, and neither a readable forward() nor the names encoder and "
+            f"decoder say so for {walk.unordered} of {type(model).__name__}. Give param_groups() one of these modules, "
+            f"or name one ModuleList, as in stack={stacks[0]!r}; its lists of blocks are {stacks}"
+        )
+    return walk.parts
 
 
-def _is_stack(module: nn.Module) -> bool:
-    """A ModuleList of blocks of one class. A block has submodules: a list of plain Linear layers is no stack."""
-    if not isinstance(module, nn.ModuleList) or len(module) == 0:
-        return False
-    blocks = [_unwrapped(block) for block in module]
-    return len({type(block) for block in blocks}) == 1 and all(
-        any(True for _ in block.children()) and any(True for _ in block.parameters()) for block in blocks
-    )
+def _is_embedding(part: Part) -> bool:
+    return isinstance(part.holder, nn.Embedding) or "emb" in part.names[0].rpartition(".")[2].lower()
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module that a compile, FSDP or checkpoint wrapper holds."""
-    for name, child in module.named_children():
-        if name != "module" and canonical_name(f"{name}.weight") == "weight":
-            return _unwrapped(child)
-    return module
+def _layer_by_name(part: Part, inside: str, has_base: bool) -> str:
+    """The layer of what forward() does not mention: by whether it is in the base model, and what it is called."""
+    name = f"{part.names[0]}."
+    if has_base and name.startswith(inside):
+        return "head" if _OUTPUT_SIDE.match(name.removeprefix(inside)) else "embeddings"
+    return "embeddings" if _is_embedding(part) and not has_base else "head"
+
+
+def _nearest(parts: list[Part], blocks: list[int], i: int) -> tuple[int, bool]:
+    """The position of the block that part ``i`` belongs to, and whether they share a stage."""
+    after = bisect.bisect(blocks, i)
+    before, behind = _common(parts[blocks[after - 1]], parts[i]), _common(parts[blocks[after]], parts[i])
+    common = max(before, behind, key=len)
+    return blocks[after if len(behind) > len(before) else after - 1], any(map(str.isdigit, common))
+
+
+def _common(block: Part, part: Part) -> list[str]:
+    """The components of their places that agree from the beginning."""
+    pairs = zip(block.place.split("."), part.place.split("."), strict=False)
+    return [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def _named_parameters(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
     """Each parameter once, with all the names that it goes by, that of ``model.named_parameters()`` first."""
-    names = {}
+    names: dict[nn.Parameter, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(canonical_name(name))
     return [(aliases, param) for param, aliases in names.items()]
@@ -196,22 +218,56 @@ def _precedence(layer: str) -> tuple[bool, float]:
     return layer == "embeddings" or layer == "head", _position(layer)
 
 
-def _targeted(in_layer: dict[str, str], targets: str) -> set[str]:
+def _dropped(
+    model: nn.Module,
+    in_layer: dict[str, str],
+    drop: Policy | None,
+    targets: str,
+    exclude: str | None,
+    include_head: bool,
+) -> set[str]:
+    """The names of the parameters that the policy drops. Raises as :func:`param_groups` says."""
+    dropped = _targeted(model, in_layer, targets)
+    if exclude is not None:
+        dropped -= _matching("exclude", exclude, in_layer)
+    if drop is not None and drop.layerwise and not include_head:
+        dropped -= {name for name, layer in in_layer.items() if layer == "head"}
+    if not dropped:
+        raise ValueError(
+            f"targets={targets!r} with exclude={exclude!r} and include_head={include_head!r} must leave a parameter to "
+            f"drop, and leaves none of {_some(in_layer)}"
+        )
+
+    if drop is not None and drop.layerwise and {in_layer[name] for name in dropped} == {"embeddings"}:
+        raise ValueError(
+            f"drop={drop!r} chooses among layers, and all that it could drop is in the embeddings: "
+            f"{_some(sorted(dropped))}. Prompt and prefix tuning train one table before the first block; give a policy "
+            "that decides per element, such as GradDrop(0.1), or train blocks too"
+        )
+    return dropped
+
+
+def _targeted(model: nn.Module, in_layer: dict[str, str], targets: str) -> set[str]:
     if targets == "all":
         return set(in_layer)
-    if targets != "attention":
+    if targets not in ATTENTION:
         return _matching("targets", targets, in_layer)
-    found = {name for name, layer in in_layer.items() if layer.startswith("layer.") and _ATTENTION.search(name)}
+    in_blocks = [name for name, layer in in_layer.items() if layer.startswith("layer.")]
+    found = attention_projections(model, in_blocks, targets)
     if not found:
         raise ValueError(
-            "targets='attention' must find key, value and output projections, and knows none of this model's names "
-            f"({_some(in_layer)}); give a regular expression"
+            f"targets={targets!r} must find attention projections that require a gradient, and knows none of this "
+            f"model's names ({_some(in_blocks or in_layer)}); give a regular expression"
         )
     return found
 
 
 def _matching(argument: str, pattern: str, names) -> set[str]:
-    choices = "'all', 'attention' or a regular expression" if argument == "targets" else "a regular expression or None"
+    choices = (
+        "'all', 'attention', 'attention+query' or a regular expression"
+        if argument == "targets"
+        else "a regular expression or None"
+    )
     if not isinstance(pattern, str):
         raise TypeError(f"{argument} must be {choices}, got {pattern!r}")
     try:

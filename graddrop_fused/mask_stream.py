@@ -57,8 +57,9 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
         TypeError: if either is not int64. ValueError: on another trailing shape, or on values of more than 32 bits.
     """
     for name, words, size in (("counter", counter, 4), ("key", key, 2)):
-        if words.dtype != torch.int64:
-            raise TypeError(f"{name} must be an int64 tensor of unsigned 32-bit values, got {words.dtype}")
+        if not isinstance(words, Tensor) or words.dtype != torch.int64:
+            found = getattr(words, "dtype", type(words))
+            raise TypeError(f"{name} must be an int64 tensor of unsigned 32-bit values, got {found}")
         if words.dim() == 0 or words.shape[-1] != size:
             raise ValueError(f"{name} must have shape (..., {size}), got {tuple(words.shape)}")
         if words.numel() and not 0 <= int(words.min()) <= int(words.max()) <= WORD:
@@ -200,8 +201,8 @@ def pack_mask(mask: Tensor) -> Tensor:
     Raises:
         TypeError: if ``mask`` is not a bool tensor.
     """
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask))}")
     bits = mask.reshape(-1)
     count = (bits.numel() + 31) // 32
     words = torch.zeros(count, dtype=torch.int64, device=mask.device)
@@ -217,8 +218,8 @@ def unpack_mask(words: Tensor, shape: Sequence[int]) -> Tensor:
     Raises:
         TypeError: if ``words`` is not int32. ValueError: if their number does not fit ``shape``.
     """
-    if words.dtype != torch.int32:
-        raise TypeError(f"words must be an int32 tensor, got {words.dtype}")
+    if not isinstance(words, Tensor) or words.dtype != torch.int32:
+        raise TypeError(f"words must be an int32 tensor, got {getattr(words, 'dtype', type(words))}")
     numel = math.prod(shape)
     count = (numel + 31) // 32
     if words.dim() != 1 or words.numel() != count:

@@ -1,29 +1,34 @@
 """Mask policies: which share of the gradient survives, and when its mask is drawn again. Names follow the paper.
 
-A policy is a schedule of :class:`Row` numbers and nothing else. It has a row index that a clock moves (the step,
-the epoch, or nothing), a rule for the draw (counter word 2), and a function from index to row. Host and device
-evaluate the same schedule (clock.py), so a policy is written once.
+A policy is a schedule of :class:`Row` numbers and nothing else: which row is in force (:class:`Index`), when a new mask
+is drawn (:class:`Draw`), and a function from index to row. numbers.py evaluates it on the host and on devices.
 
-To add one: subclass :class:`Policy`, validate in ``__post_init__``, give ``row``, and list it in ``POLICIES``.
+To add one: subclass :class:`Policy` with a frozen dataclass, check its fields in ``__post_init__``, and give ``row``
+(and ``index``, ``draw`` and the class attributes where they differ). It is saved and loaded by its class's name.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import mask_stream
-from .contract import Mask
+from .checks import check_bool, check_choice, check_int, check_p, is_int, plain
+from .contract import Effect, Mask
 from .names import canonical_name
+from .schedules import Schedule
+
+EFFECTS = tuple(effect.name.lower() for effect in Effect)
 
 
 class Row(NamedTuple):
-    """What the mask stream needs to know at one moment, besides seed, draw and stream."""
+    """What the mask stream needs to know at one moment, besides seed, draw and stream id."""
 
     mask: Mask
     lo: int = 0
-    span: int = mask_stream.WORD
+    span: int = mask_stream.HALF
     rescale: float = 1.0
     noise_std: float = 0.0
 
@@ -32,80 +37,94 @@ KEEP = Row(Mask.KEEP)
 DROP = Row(Mask.DROP)
 
 
-def _window_row(mask: Mask, window: tuple[int, int], rescale: bool) -> Row:
-    lo, span = window
-    if span == mask_stream.WORD:
-        return KEEP
-    return Row(mask, lo, span, mask_stream.rescale(span) if rescale else 1.0)
+class Index(NamedTuple):
+    """What moves a policy from row to row: ``by`` counts steps or epochs from 0, row 0 first. After the last of
+    ``length`` rows it begins again (``wraps``), or stays there."""
+
+    by: Literal["step", "epoch"] = "step"
+    length: int = 1
+    wraps: bool = False
 
 
-@dataclass(frozen=True)
-class LinearAnneal:
-    """p falls linearly from ``start`` in the first epoch (or step) to 0 in the last: the paper's Anneal- variants.
+class Draw(NamedTuple):
+    """What moves a policy's draw (Philox counter word 2), and for how many ticks of it a mask holds.
 
-    Args:
-        start: drop probability of the first epoch or step, in [0, 1).
-        epochs: T >= 2: p(e) = start * (1 - e / (T - 1)), and 0 from e = T - 1 on.
-        total_steps: N >= 2: the same per step. Exactly one of ``epochs`` and ``total_steps`` must be given.
+    By "step" draws count from 1, by "epoch" from 0; by "never" the draw is always 0.
     """
 
-    start: float = 0.9
-    epochs: int | None = None
-    total_steps: int | None = None
-
-    def __post_init__(self):
-        _check_p("start", self.start)
-        if (self.epochs is None) == (self.total_steps is None):
-            raise ValueError(
-                f"LinearAnneal takes exactly one of epochs and total_steps, "
-                f"got epochs={self.epochs!r} and total_steps={self.total_steps!r}"
-            )
-        name = "epochs" if self.total_steps is None else "total_steps"
-        length = getattr(self, name)
-        if not _is_int(length) or length < 2:
-            raise ValueError(f"{name} must be an integer of at least 2, got {length!r}")
-
-    @property
-    def length(self) -> int:
-        return self.epochs or self.total_steps
-
-    def p(self, index: int) -> float:
-        """Drop probability at epoch or step ``index``, counted from 0."""
-        last = self.length - 1
-        return 0.0 if index >= last else self.start * (1 - index / last)
+    by: Literal["step", "epoch", "never"] = "step"
+    holds: int = 1
 
 
 class Policy:
-    """Base of all policies. The defaults describe a mask that never changes."""
+    """Base of all policies. The defaults describe a mask that is drawn anew in every step, from one row."""
 
-    clock: ClassVar[str] = "step"  # what moves the row index: "step" or "epoch"
-    redraw: ClassVar[str] = "step"  # what the draw is: "step", "epoch", or "cycle" (of `length()` epochs if it wraps)
-    wraps: ClassVar[bool] = False  # after the last row: begin again, or stay there
-    layerwise: ClassVar[bool] = False  # its stream is the layer's id, not the parameter's
-    block: ClassVar[int] = 1
-    packed: ClassVar[bool] = False  # keep the mask as packed words until it changes
+    registry: ClassVar[dict[str, type["Policy"]]] = {}
+    layerwise: ClassVar[bool] = False  # one decision per layer: its stream id is the layer's, not the parameter's
+    rows_differ_by_layer: ClassVar[bool] = False
+    default_effect: ClassVar[str] = "gradient"
+    block: int | str = 1  # elements that share a decision; "row": those of one index of the first dimension
+    packed: bool = False  # keep the mask as packed words until it changes
 
-    @property
-    def needs_epoch(self) -> bool:
-        return self.clock == "epoch" or self.redraw != "step"
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        Policy.registry[cls.__name__] = cls
 
-    def length(self, layers: int) -> int:
-        """How many rows the schedule has, for a model of ``layers`` layers."""
-        return 1
+    def index(self, layers: int) -> Index:
+        """Which row is in force, for a model of ``layers`` layers."""
+        return Index()
+
+    def draw(self, layers: int) -> Draw:
+        """When a new mask is drawn."""
+        return Draw()
 
     def row(self, index: int, layer: int, layers: int) -> Row:
         """The numbers at row ``index`` for layer number ``layer`` of ``layers``."""
         raise NotImplementedError
 
+    def check_effect(self, effect: str) -> None:
+        """Raises ValueError if the policy does not go with ``effect``."""
+
+    @property
+    def needs_epoch(self) -> bool:
+        return "epoch" in (self.index(2).by, self.draw(2).by)
+
     def to_state(self) -> dict[str, Any]:
-        """Plain numbers and strings, for a checkpoint."""
-        state: dict[str, Any] = {"policy": type(self).__name__}
+        """Plain numbers and strings, for a checkpoint. Raises TypeError if it is no dataclass or holds others."""
+        name = type(self).__name__
+        if not is_dataclass(self):
+            raise TypeError(f"{name} must be a frozen dataclass, so that a checkpoint can hold it")
+        state: dict[str, Any] = {"policy": name}
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, LinearAnneal):
-                value = {a.name: getattr(value, a.name) for a in fields(value)}
-            state[f.name] = value
+            is_schedule = isinstance(value, Schedule)
+            state[f.name] = value.to_state() if is_schedule else plain(f"{name}.{f.name}", value)
         return state
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any], current: "Policy | None") -> "Policy":
+        """A policy from the fields that :meth:`to_state` saved; ``current`` is the one of the constructor."""
+        return cls(
+            **{
+                name: Schedule.from_state(value) if isinstance(value, dict) and "schedule" in value else value
+                for name, value in options.items()
+            }
+        )
+
+
+def policy_from_state(state: Any, current: Policy | None) -> Policy | None:
+    """Inverse of :meth:`Policy.to_state`. Raises TypeError or ValueError on what no policy saves."""
+    if state is None or isinstance(state, Policy):
+        return state
+    options = dict(state) if isinstance(state, Mapping) else {}
+    name = options.pop("policy", None)
+    cls = Policy.registry.get(name) if isinstance(name, str) else None
+    if cls is None:
+        raise ValueError(
+            f"the checkpoint's policy must be one of {', '.join(sorted(Policy.registry))} (import the module that "
+            f"defines yours before loading), got {state!r}"
+        )
+    return cls.from_options(options, current)
 
 
 @dataclass(frozen=True)
@@ -113,42 +132,48 @@ class GradDrop(Policy):
     """Drops each gradient element with probability p, with a new mask every step.
 
     Args:
-        p: drop probability in [0, 1). anneal: a schedule in place of p.
+        p: drop probability in [0, 1), rounded to a multiple of 2**-16. anneal: a schedule in place of p.
         rescale: None or True multiplies kept elements by 1/q, q the exact keep probability; False by 1.
-        block: 1 decides per element; B, a multiple of 128, per block of B consecutive elements (our extension).
+        block: 1 decides per element; B, a multiple of 128, per block of B consecutive elements; "row" per index of the
+            first dimension, an output feature of a Linear, and per element where there are fewer than two dimensions
+            (our extensions).
         distribution: "bernoulli", or "gaussian": no mask, but noise N(1, p / (1 - p)) on every element.
+        hold: steps that a mask holds.
     """
 
     p: float | None = None
-    anneal: LinearAnneal | None = None
+    anneal: Schedule | None = None
     rescale: bool | None = None
-    block: int = 1
+    block: int | Literal["row"] = 1
     distribution: Literal["bernoulli", "gaussian"] = "bernoulli"
+    hold: int = 1
 
     def __post_init__(self):
         _check_p_or_anneal(self)
         _check_rescale(self.rescale)
         _check_block(self.block)
-        if self.distribution not in ("bernoulli", "gaussian"):
-            raise ValueError(f'distribution must be "bernoulli" or "gaussian", got {self.distribution!r}')
+        check_int("hold", self.hold, 1)
+        check_choice("distribution", self.distribution, ("bernoulli", "gaussian"))
         if self.distribution == "gaussian" and self.block != 1:
             raise ValueError(f"block must be 1 with distribution='gaussian', got {self.block!r}")
         if self.distribution == "gaussian" and self.rescale:
             raise ValueError("rescale must be None or False with distribution='gaussian': its noise has mean 1 already")
 
-    @property
-    def clock(self) -> str:
-        return _anneal_clock(self)
+    def index(self, layers: int) -> Index:
+        return _index_of(self.anneal)
 
-    def length(self, layers: int) -> int:
-        return self.anneal.length if self.anneal else 1
+    def draw(self, layers: int) -> Draw:
+        return Draw("step", self.hold)
 
     def row(self, index: int, layer: int, layers: int) -> Row:
-        p = self.anneal.p(index) if self.anneal else self.p
+        p = _p_at(self, index)
         if self.distribution == "gaussian":
             return Row(Mask.GAUSSIAN, noise_std=(p / (1 - p)) ** 0.5) if p else KEEP
-        mask = Mask.ELEMENT if self.block == 1 else Mask.BLOCK
-        return _window_row(mask, mask_stream.bernoulli_window(p), self.rescale is not False)
+        return _window_row(_mask_of(self.block), mask_stream.bernoulli_window(p), self.rescale is not False)
+
+    def check_effect(self, effect: str) -> None:
+        if self.distribution == "gaussian" and effect != "gradient":
+            raise ValueError(f"effect must be 'gradient' with distribution='gaussian', got {effect!r}")
 
 
 @dataclass(frozen=True)
@@ -156,7 +181,7 @@ class GradDropEpoch(Policy):
     """Masks that hold for an epoch. Without replacement every element is activated exactly once per cycle.
 
     Args:
-        p: drop probability in [0, 1).
+        p: drop probability in [0, 1), rounded to a multiple of 2**-16.
         toggle: False (the paper's GradDrop-Epoch): the active share grows by 1 - p an epoch until all is on.
             True (GradDrop-Epoch-Toggle): each epoch activates its own part and freezes the last one's again.
         replacement: a fresh Bernoulli mask every epoch instead.
@@ -164,53 +189,56 @@ class GradDropEpoch(Policy):
         block: as in :class:`GradDrop`.
         storage: "packed" keeps one bit per element, rebuilt when the mask changes; "regenerate" draws it every step.
             Block masks are always regenerated: drawing them costs less than reading bits.
+        anneal: a schedule in place of p, with replacement.
     """
 
-    p: float
+    p: float | None = None
     toggle: bool = False
     replacement: bool = False
     rescale: bool | None = None
-    block: int = 1
+    block: int | Literal["row"] = 1
     storage: Literal["packed", "regenerate"] = "packed"
-
-    clock: ClassVar[str] = "epoch"
+    anneal: Schedule | None = None
 
     def __post_init__(self):
-        _check_p("p", self.p)
+        _check_p_or_anneal(self)
         _check_rescale(self.rescale)
         _check_block(self.block)
-        for name in ("toggle", "replacement"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        check_bool("toggle", self.toggle)
+        check_bool("replacement", self.replacement)
         if self.toggle and self.replacement:
             raise ValueError("toggle and replacement must not both be True: with replacement nothing is partitioned")
-        if self.storage not in ("packed", "regenerate"):
-            raise ValueError(f'storage must be "packed" or "regenerate", got {self.storage!r}')
-        bounds = (0, 2**32) if self.replacement else tuple(mask_stream.epoch_bounds(self.p))
+        if self.anneal is not None and not self.replacement:
+            raise ValueError("anneal must go with replacement=True: without it the masks' sizes are what p makes them")
+        check_choice("storage", self.storage, ("packed", "regenerate"))
+        bounds = () if self.replacement or self.p is None else tuple(mask_stream.epoch_bounds(self.p))
         object.__setattr__(self, "_bounds", bounds)
 
     @property
-    def redraw(self) -> str:
-        return "epoch" if self.replacement else "cycle"
-
-    def length(self, layers: int) -> int:
-        return len(self._bounds) - 1
-
-    @property
-    def wraps(self) -> bool:
-        return self.toggle
-
-    @property
-    def packed(self) -> bool:
+    def packed(self) -> bool:  # type: ignore[override]
         return self.storage == "packed" and self.block == 1
+
+    def index(self, layers: int) -> Index:
+        if self.replacement:
+            return _index_of(self.anneal)
+        return Index("epoch", len(self._bounds) - 1, wraps=self.toggle)
+
+    def draw(self, layers: int) -> Draw:
+        if self.replacement:
+            return Draw("epoch")
+        return Draw("epoch", holds=len(self._bounds) - 1) if self.toggle else Draw("never")
+
+    @property
+    def needs_epoch(self) -> bool:
+        return True
 
     def row(self, index: int, layer: int, layers: int) -> Row:
         if self.replacement:
-            window = mask_stream.bernoulli_window(self.p)
+            window = mask_stream.bernoulli_window(_p_at(self, index))
         else:
             lo = self._bounds[index] if self.toggle else 0
             window = lo, self._bounds[index + 1] - 1 - lo
-        return _window_row(Mask.ELEMENT if self.block == 1 else Mask.BLOCK, window, self.rescale is not False)
+        return _window_row(_mask_of(self.block), window, self.rescale is not False)
 
 
 @dataclass(frozen=True)
@@ -218,43 +246,40 @@ class LayerGradDrop(Policy):
     """Drops whole layers: one decision per layer (``group["layer"]``), shared by all its parameters.
 
     Args:
-        p, anneal: as in :class:`GradDrop`.
-        per: "step" decides every step, "epoch" every epoch.
+        p, anneal, hold: as in :class:`GradDrop`.
+        per: "step" decides every step (or every ``hold`` steps), "epoch" every epoch.
         rescale: True multiplies kept layers by 1/q; None or False by 1 (the paper applies "a one matrix").
     """
 
     p: float | None = None
-    anneal: LinearAnneal | None = None
+    anneal: Schedule | None = None
     per: Literal["step", "epoch"] = "step"
     rescale: bool | None = None
+    hold: int = 1
 
     layerwise: ClassVar[bool] = True
 
     def __post_init__(self):
         _check_p_or_anneal(self)
         _check_rescale(self.rescale)
-        if self.per not in ("step", "epoch"):
-            raise ValueError(f'per must be "step" or "epoch", got {self.per!r}')
+        check_choice("per", self.per, ("step", "epoch"))
+        check_int("hold", self.hold, 1)
 
-    @property
-    def clock(self) -> str:
-        return _anneal_clock(self)
+    def index(self, layers: int) -> Index:
+        return _index_of(self.anneal)
 
-    @property
-    def redraw(self) -> str:
-        return self.per
-
-    def length(self, layers: int) -> int:
-        return self.anneal.length if self.anneal else 1
+    def draw(self, layers: int) -> Draw:
+        return Draw(self.per, self.hold)
 
     def row(self, index: int, layer: int, layers: int) -> Row:
-        p = self.anneal.p(index) if self.anneal else self.p
-        return _window_row(Mask.LAYER, mask_stream.bernoulli_window(p), bool(self.rescale))
+        return _window_row(Mask.LAYER, mask_stream.bernoulli_window(_p_at(self, index)), bool(self.rescale))
 
 
 @dataclass(frozen=True)
 class GradFreeze(Policy):
     """Gradual unfreezing, layer by layer, deterministic: in epoch e the first (e + 1) * layers_per_epoch are active.
+
+    Its effect is "freeze" unless told otherwise: weight decay would still move a frozen layer under "gradient".
 
     Args:
         direction: "top-down" begins with the last layer (the head alone), "bottom-up" with the first (embeddings).
@@ -264,17 +289,19 @@ class GradFreeze(Policy):
     direction: Literal["top-down", "bottom-up"] = "top-down"
     layers_per_epoch: int = 1
 
-    clock: ClassVar[str] = "epoch"
     layerwise: ClassVar[bool] = True
+    rows_differ_by_layer: ClassVar[bool] = True
+    default_effect: ClassVar[str] = "freeze"
 
     def __post_init__(self):
-        if self.direction not in ("top-down", "bottom-up"):
-            raise ValueError(f'direction must be "top-down" or "bottom-up", got {self.direction!r}')
-        if not _is_int(self.layers_per_epoch) or self.layers_per_epoch < 1:
-            raise ValueError(f"layers_per_epoch must be an integer of at least 1, got {self.layers_per_epoch!r}")
+        check_choice("direction", self.direction, ("top-down", "bottom-up"))
+        check_int("layers_per_epoch", self.layers_per_epoch, 1)
 
-    def length(self, layers: int) -> int:
-        return -(-layers // self.layers_per_epoch)
+    def index(self, layers: int) -> Index:
+        return Index("epoch", max(1, -(-layers // self.layers_per_epoch)))
+
+    def draw(self, layers: int) -> Draw:
+        return Draw("never")
 
     def row(self, index: int, layer: int, layers: int) -> Row:
         rank = layers - 1 - layer if self.direction == "top-down" else layer
@@ -283,7 +310,7 @@ class GradFreeze(Policy):
 
 @dataclass(frozen=True, eq=False)
 class StaticMask(Policy):
-    """The user's own masks (a Fisher mask, say), never redrawn.
+    """The user's own masks (a Fisher mask, say), never redrawn. They are copied: a later change of yours has no effect.
 
     Args:
         masks: {parameter name: bool mask} with named parameters (a name left out keeps everything), or a sequence of
@@ -301,10 +328,15 @@ class StaticMask(Policy):
         for key, mask in self.items():
             if not isinstance(mask, Tensor):
                 raise TypeError(f"masks[{key!r}] must be a bool tensor, got {type(mask)}")
-            if str(mask.dtype) != "torch.bool":
+            if mask.dtype != torch.bool:
                 raise TypeError(f"masks[{key!r}] must be a bool tensor, got {mask.dtype}")
+        if isinstance(self.masks, Mapping):
+            copies: Any = {key: mask.detach().clone() for key, mask in self.masks.items()}
+        else:
+            copies = [mask.detach().clone() for mask in self.masks]
+        object.__setattr__(self, "masks", copies)
 
-    def items(self):
+    def items(self) -> Iterable[tuple[str | int, Tensor]]:
         return self.masks.items() if isinstance(self.masks, Mapping) else enumerate(self.masks)
 
     def mask_of(self, name: str | None, index: int, count: int) -> Tensor | None:
@@ -322,70 +354,63 @@ class StaticMask(Policy):
             )
         return self.masks[index]
 
+    def draw(self, layers: int) -> Draw:
+        return Draw("never")
+
     def row(self, index: int, layer: int, layers: int) -> Row:
         return Row(Mask.PACKED)
 
     def to_state(self) -> dict[str, Any]:
         return {"policy": "StaticMask", "rescale": self.rescale}
 
-
-POLICIES = {cls.__name__: cls for cls in (GradDrop, GradDropEpoch, LayerGradDrop, GradFreeze, StaticMask)}
-
-
-def policy_from_state(state: Mapping[str, Any] | None, current: Policy | None) -> Policy | None:
-    """Inverse of :meth:`Policy.to_state`; a StaticMask takes its masks from ``current``, the constructor's policy."""
-    if state is None or isinstance(state, Policy):
-        return state
-    options = dict(state)
-    name = options.pop("policy", None)
-    if name not in POLICIES:
-        raise ValueError(f"the checkpoint's policy must be one of {', '.join(POLICIES)}, got {name!r}")
-    if name == "StaticMask":
+    @classmethod
+    def from_options(cls, options: dict[str, Any], current: Policy | None) -> "StaticMask":
         if not isinstance(current, StaticMask):
             raise ValueError(
                 "the checkpoint's policy is a StaticMask, whose masks are not in the checkpoint: construct the "
                 f"optimizer with drop=StaticMask(...) before loading, got drop={current!r}"
             )
-        return StaticMask(current.masks, **options)
-    if options.get("anneal") is not None:
-        options["anneal"] = LinearAnneal(**options["anneal"])
-    return POLICIES[name](**options)
+        return cls(current.masks, **options)
 
 
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _mask_of(block: int | str) -> Mask:
+    return Mask.ELEMENT if block == 1 else Mask.BLOCK
 
 
-def _check_p(name: str, p) -> None:
-    if isinstance(p, bool) or not isinstance(p, int | float):
-        raise TypeError(f"{name} must be a number in [0, 1), got {p!r}")
-    try:
-        mask_stream.bernoulli_window(p)
-    except ValueError as error:
-        raise ValueError(str(error).replace("p must", f"{name} must", 1)) from None
+def _window_row(mask: Mask, window: tuple[int, int], rescale: bool) -> Row:
+    lo, span = window
+    if span == mask_stream.HALF:
+        return KEEP
+    return Row(mask, lo, span, mask_stream.rescale(span) if rescale else 1.0)
 
 
-def _check_p_or_anneal(policy) -> None:
+def _p_at(policy: Any, index: int) -> float:
+    return policy.anneal.p(index) if policy.anneal else policy.p
+
+
+def _index_of(anneal: Schedule | None) -> Index:
+    return Index(anneal.by, anneal.length) if anneal else Index()
+
+
+def _check_p_or_anneal(policy: Any) -> None:
     p, anneal = policy.p, policy.anneal
     if (p is None) == (anneal is None):
         raise ValueError(
             f"{type(policy).__name__} takes exactly one of p and anneal, got p={p!r} and anneal={anneal!r}"
         )
-    if policy.anneal is None:
-        _check_p("p", policy.p)
-    elif not isinstance(policy.anneal, LinearAnneal):
-        raise TypeError(f"anneal must be a LinearAnneal, got {policy.anneal!r}")
+    if anneal is None:
+        check_p("p", p)
+    elif not isinstance(anneal, Schedule):
+        raise TypeError(f"anneal must be a schedule such as LinearAnneal, got {anneal!r}")
 
 
-def _check_rescale(rescale) -> None:
-    if rescale is not None and not isinstance(rescale, bool):
-        raise TypeError(f"rescale must be None, True or False, got {rescale!r}")
+def _check_rescale(rescale: Any) -> None:
+    if rescale is not None:
+        check_bool("rescale", rescale)
 
 
-def _check_block(block) -> None:
-    if not _is_int(block) or (block != 1 and (block < 1 or block % mask_stream.TILE)):
-        raise ValueError(f"block must be 1 or a multiple of {mask_stream.TILE}, got {block!r}")
-
-
-def _anneal_clock(policy) -> str:
-    return "epoch" if policy.anneal and policy.anneal.epochs else "step"
+def _check_block(block: Any) -> None:
+    if block == "row":
+        return
+    if not is_int(block) or (block != 1 and (block < 1 or block % mask_stream.TILE)):
+        raise ValueError(f"block must be 1, a multiple of {mask_stream.TILE} or 'row', got {block!r}")

@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .checks import check_bool, check_nonnegative, is_number
+
 Number = float | Tensor  # a Python float, or a float64 tensor with one number per tensor of a batch
 
 
@@ -24,11 +26,16 @@ class Rule:
     name: ClassVar[str]  # of the kernels' function
     states: Sequence[str] = ()  # names of its state in optimizer.state, in the kernels' order
     factor_names: ClassVar[tuple[str, ...]] = ()  # of what `factors` returns, at most contract.MAX_FACTORS
+    steps_may_be_unknown: ClassVar[bool] = False  # others' optimizers of this rule keep no count of steps
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "Rule":
         """The rule of a param group."""
         return cls()
+
+    @staticmethod
+    def check(group: Mapping[str, Any]) -> None:
+        """Raises TypeError or ValueError on hyperparameters that the rule cannot take; lr is checked already."""
 
     def numbers(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         """What :meth:`factors` needs from a param group besides its lr."""
@@ -70,6 +77,13 @@ class AdamW(Rule):
     def of(cls, group):
         return cls(amsgrad=group["amsgrad"])
 
+    @staticmethod
+    def check(group):
+        _check_betas(group["betas"])
+        check_nonnegative("eps", group["eps"])
+        check_nonnegative("weight_decay", group["weight_decay"])
+        check_bool("amsgrad", group["amsgrad"])
+
     def numbers(self, group):
         return group["weight_decay"], *group["betas"], group["eps"]
 
@@ -97,6 +111,7 @@ class SGD(Rule):
 
     momentum: bool = False
     name: ClassVar[str] = "sgd"
+    steps_may_be_unknown: ClassVar[bool] = True
     factor_names: ClassVar[tuple[str, ...]] = ("weight_decay", "momentum", "taken", "grad_step", "buffer_step")
 
     @property
@@ -106,6 +121,17 @@ class SGD(Rule):
     @classmethod
     def of(cls, group):
         return cls(momentum=group["momentum"] != 0)
+
+    @staticmethod
+    def check(group):
+        for name in ("momentum", "dampening", "weight_decay"):
+            check_nonnegative(name, group[name])
+        check_bool("nesterov", group["nesterov"])
+        if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+            raise ValueError(
+                "nesterov must be False without a momentum or with dampening, got nesterov=True with momentum="
+                f"{group['momentum']!r} and dampening={group['dampening']!r}"
+            )
 
     def numbers(self, group):
         # without momentum the gradient itself is the step, as the look-ahead of a momentum of 0 is
@@ -132,8 +158,14 @@ class Lion(Rule):
     """Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675)."""
 
     name: ClassVar[str] = "lion"
+    steps_may_be_unknown: ClassVar[bool] = True
     factor_names: ClassVar[tuple[str, ...]] = ("decay", "step", "one_minus_beta1", "one_minus_beta2")
     states: ClassVar[tuple[str, ...]] = ("exp_avg",)
+
+    @staticmethod
+    def check(group):
+        _check_betas(group["betas"])
+        check_nonnegative("weight_decay", group["weight_decay"])
 
     def numbers(self, group):
         return group["weight_decay"], *group["betas"]
@@ -157,3 +189,11 @@ class MaskOnly(Rule):
 
     def update(self, p, g, states, factors):
         return g, ()
+
+
+def _check_betas(betas: Any) -> None:
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    for index, beta in enumerate(betas):
+        if not is_number(beta) or not 0.0 <= beta < 1.0:
+            raise ValueError(f"betas[{index}] must be a number in [0, 1), got {beta!r}")

@@ -28,7 +28,7 @@ def place(param: Tensor, whole: Sequence[int], start: int) -> None:
     Raises:
         TypeError, ValueError: naming the argument; nothing has changed then.
     """
-    if not isinstance(param, Tensor) or _is_dtensor(param):
+    if not isinstance(param, Tensor) or is_dtensor(param):
         raise TypeError(f"param must be a plain tensor (a DTensor knows its place), got {type(param)}")
     whole = tuple(whole)
     if not all(isinstance(size, int) and size >= 0 for size in whole):
@@ -44,7 +44,7 @@ def place(param: Tensor, whole: Sequence[int], start: int) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of ``tensor`` that this rank holds: a DTensor's local tensor, otherwise the tensor itself."""
-    return tensor._local_tensor if _is_dtensor(tensor) else tensor
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def whole_shape(param: Tensor) -> tuple[int, ...]:
@@ -55,16 +55,16 @@ def whole_shape(param: Tensor) -> tuple[int, ...]:
 
 def gradient_problem(param: Tensor, grad: Tensor) -> str | None:
     """Why ``grad`` cannot be brought to where ``param`` lies, or None."""
-    if _is_dtensor(param) != _is_dtensor(grad):
+    if is_dtensor(param) != is_dtensor(grad):
         return f"must be a {type(param.data).__name__} like its parameter, got a {type(grad).__name__}"
-    if _is_dtensor(param) and grad.device_mesh != param.device_mesh:
+    if is_dtensor(param) and grad.device_mesh != param.device_mesh:
         return f"must be on its parameter's mesh {param.device_mesh}, got {grad.device_mesh}"
     return None
 
 
 def placed_like(param: Tensor, grad: Tensor) -> Tensor:
     """``grad``, reduced, gathered or cut first if it is a DTensor placed in another way than ``param``."""
-    if not _is_dtensor(grad) or grad.placements == param.placements:
+    if not is_dtensor(grad) or grad.placements == param.placements:
         return grad
     return grad.redistribute(param.device_mesh, param.placements)
 
@@ -74,14 +74,16 @@ def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
     problem = gradient_problem(param, grad)
     if problem is not None:
         raise ValueError(f"the gradient of a parameter of shape {tuple(param.shape)} {problem}")
-    return placed_like(param, grad).to_local() if _is_dtensor(grad) else grad
+    grad = placed_like(param, grad).to_local() if is_dtensor(grad) else grad
+    # autograd leaves some gradients as views with a lazy sign or conjugation, which kernels would not see
+    return grad.as_subclass(Tensor).resolve_conj().resolve_neg()
 
 
 def like(param: Tensor, dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor with the shape, strides, device and sharding of ``param``."""
     part = local(param)
     empty = torch.empty_strided(part.shape, part.stride(), dtype=dtype, device=part.device)
-    if not _is_dtensor(param):
+    if not is_dtensor(param):
         return empty
     return type(param).from_local(
         empty, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
@@ -98,7 +100,7 @@ def shard_of(param: Tensor) -> Shard:
             "is a flat parameter of FullyShardedDataParallel, which does not say where its elements lie; use FSDP2, "
             "torch.distributed.fsdp.fully_shard"
         )
-    if _is_dtensor(param):
+    if is_dtensor(param):
         return _shard_of_dtensor(param)
     whole, start = getattr(param, _PLACE, (param.shape, 0))
     if start + param.numel() > math.prod(whole):
@@ -161,7 +163,7 @@ def _chunk(start: int, size: int, count: int, index: int) -> tuple[int, int]:
     return start + first, min(size, first + most) - first
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     # before its module is imported (most of a second) there is none
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

@@ -1,22 +1,33 @@
 """Dropped layers cost nothing: no weight gradients for the layers that the coming step drops."""
 
+import sys
+from types import FrameType
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .optimizer import GradDropAdamW
+from .contract import Effect
+from .groups import effect_of
+from .masked import MaskedOptimizer
+from .module_calls import ModuleCalls
 
 
 def skip_dropped_layers(model: nn.Module, optimizer: Optimizer) -> "SkippedLayers":
-    """Turn ``requires_grad`` off for exactly the layers that the coming step drops, from forward to step.
+    """Compute no weight gradients for the layers that the coming step drops, and store no activations for them.
 
-    Autograd then neither stores activations for their weight gradients nor computes them, and the optimizer takes the
-    missing gradient for the zero that its mask would make of it: the trajectory is the same, bit for bit, as without.
-    The layers are those of LayerGradDrop and GradFreeze; every other policy needs its gradients, and so does
-    effect="update", whose moments take the unmasked gradient.
+    ``requires_grad`` of their parameters is off while a training forward pass of the model, or of any module in it,
+    runs, and as it was when the pass has ended, however it ends. The optimizer takes the missing gradient for the zero
+    that its mask would make of it: the trajectory is the same, bit for bit, as without. The layers are those of
+    LayerGradDrop and GradFreeze; every other policy needs its gradients, and so does effect="update", whose moments
+    take the unmasked gradient.
 
-    The decision holds for all micro-batches of a step. What the user froze stays frozen. If every trainable parameter
-    would be switched off, the last layer stays on, since a loss without a graph has no backward.
+    The decision holds for all micro-batches of a step. If every trainable parameter would be off, the last layer stays
+    on, since a loss without a graph has no backward. Which parameters get a gradient at all is learned: unless
+    effect="freeze", where a dropped layer is not touched either way, a parameter is first switched off after a step in
+    which it got one, and never again after a step in which its module ran and it got none. Never at all, if it stands
+    in a module that has submodules, which may use it in some calls only.
 
     The trajectory is not the same where something looks at all gradients before the step: the norm of
     clip_grad_norm_ (unless it stays below max_norm both ways) and GradScaler's search for infinities see kept
@@ -24,54 +35,70 @@ def skip_dropped_layers(model: nn.Module, optimizer: Optimizer) -> "SkippedLayer
     layers.
 
     Args:
-        model: the model, or what wraps it. Its training forward passes decide.
-        optimizer: a :class:`GradDropAdamW`, or an Accelerate wrapper around one.
+        model: the model, or what wraps it, a LightningModule too.
+        optimizer: a masked optimizer such as GradDropAdamW, or an Accelerate or Lightning wrapper around one.
 
     Returns:
-        a handle; ``remove()`` ends it and gives back every ``requires_grad``. It is a context manager, too.
+        a handle; ``remove()`` ends it. It is a context manager, too.
 
     Raises:
-        TypeError: on another optimizer. ValueError: if it has none of the model's parameters, or the model uses
-            reentrant activation checkpointing, which loses all gradients behind a switched-off layer.
+        TypeError: on another optimizer. ValueError: if it has none of the model's parameters, or the model is a
+            DataParallel; there and in a forward pass, if the model uses reentrant activation checkpointing, which loses
+            all gradients behind a switched-off layer. RuntimeError: from the step of another optimizer, if it has a
+            parameter that was switched off.
     """
     return SkippedLayers(model, unwrap(optimizer))
 
 
-def unwrap(optimizer: Optimizer) -> GradDropAdamW:
-    """The GradDropAdamW inside Accelerate's wrappers. Raises TypeError if there is none."""
+def unwrap(optimizer: Optimizer) -> MaskedOptimizer:
+    """The masked optimizer inside Accelerate's and Lightning's wrappers. Raises TypeError if there is none."""
     inner = optimizer
-    while not isinstance(inner, GradDropAdamW):
+    while not isinstance(inner, MaskedOptimizer):
         if not isinstance(getattr(inner, "optimizer", None), Optimizer):
             raise TypeError(
-                f"optimizer must be a GradDropAdamW or a wrapper around one, got {type(optimizer).__name__}"
+                "optimizer must be a masked optimizer such as GradDropAdamW, or a wrapper around one, got "
+                f"{type(optimizer).__name__}"
             )
         inner = inner.optimizer
     return inner
 
 
 class SkippedLayers:
-    """What :func:`skip_dropped_layers` returns."""
+    """What :func:`skip_dropped_layers` returns.
 
-    def __init__(self, model: nn.Module, optimizer: GradDropAdamW):
-        _check_checkpointing(model)
+    Args:
+        within: a frame of Python's stack that must still be running where the model is called; None skips always.
+            Nobody tells a callback that its loop was interrupted, and the model may go on in another.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: MaskedOptimizer, within: FrameType | None = None):
+        if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+            raise ValueError("model must not be a DataParallel, whose replicas hide its modules; use DDP")
+        self._checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self._check_checkpointing()
+        self._within = within
+        self._optimizer = optimizer
         self._params = set(model.parameters())
         if not any(p in self._params for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(
                 f"optimizer must hold parameters of the model, got one with none of {type(model).__name__}'s"
             )
-        self._optimizer = optimizer
-        self._off: set[Tensor] = set()
+        self._participation = _Participation(model)
+        self._decided: set[Tensor] = set()  # what the coming step's passes switch off
+        self._off: list[Tensor] = []  # what is switched off at this moment
+        self._calls = ModuleCalls(model, self._before_call, self._after_call)
         self._hooks = [
-            # traced into a compiled model, it would switch once and for all
-            model.register_forward_pre_hook(torch.compiler.disable(self._before_forward)),
-            optimizer.register_step_post_hook(lambda *_: self._switch(set())),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            register_optimizer_step_pre_hook(self._before_any_step),
         ]
 
     def remove(self) -> None:
         """Stop skipping. Calling it again does nothing."""
         for hook in self._hooks:
             hook.remove()
-        self._switch(set())
+        self._calls.remove()
+        self._restore()
+        self._decide(set())
 
     def __enter__(self) -> "SkippedLayers":
         return self
@@ -79,28 +106,127 @@ class SkippedLayers:
     def __exit__(self, *_) -> None:
         self.remove()
 
-    def _before_forward(self, module: nn.Module, _) -> None:
-        if module.training and torch.is_grad_enabled():
-            self._switch(self._skippable())
+    def _before_call(self, module: nn.Module) -> bool:
+        if not (module.training and torch.is_grad_enabled()) or not self._is_in_its_loop():
+            return False
+        if torch._C._current_graph_task_id() == -1:  # else a block is computed again during backward: as it was
+            self._check_checkpointing()
+            self._calls.renew()
+            self._decide(self._skippable())
+        for param in self._decided:
+            if param.requires_grad:
+                self._off.append(param)
+                param.requires_grad_(False)
+        return True
 
-    def _switch(self, off: set[Tensor]) -> None:
-        """Make ``off`` the parameters that are switched off; only those that require a gradient ever are."""
-        for param in self._off - off:
-            param.requires_grad_(True)
-        self._off = {p for p in off if p in self._off or p.requires_grad}
+    def _after_call(self) -> None:
+        if self._off:
+            ran = self._calls.ran
+            known = self._optimizer._switched_off
+            known.update(id(p) for p in self._off if p in self._frozen or self._participation.expected(p, ran))
+            self._restore()
+
+    def _restore(self) -> None:
         for param in self._off:
-            param.requires_grad_(False)
-        known = self._optimizer._switched_off
-        known -= {id(p) for p in self._params}
-        known |= {id(p) for p in self._off}
+            param.requires_grad_(True)
+        self._off = []
+
+    def _decide(self, off: set[Tensor]) -> None:
+        if off != self._decided:  # a new step, or passes whose step never came
+            self._optimizer._switched_off -= {id(p) for p in self._decided}
+            self._decided = off
 
     def _skippable(self) -> set[Tensor]:
         groups = self._optimizer.param_groups
-        needed = {p for group in groups if group["effect"] == "update" for p in group["params"]}
-        off = self._params.intersection(self._optimizer.dropped_layers()) - needed
-        if not any(p.requires_grad or p in self._off for p in self._params - off):
+        dropped = self._params.intersection(self._optimizer.dropped_layers())
+        self._frozen = {p for g in groups if effect_of(g) == Effect.FREEZE for p in g["params"]}
+        needed = {p for g in groups if effect_of(g) == Effect.UPDATE for p in g["params"]}
+        off = {p for p in dropped - needed if p in self._frozen or self._participation.known(p)}
+        if not any(p.requires_grad for p in self._params - off):
             off -= _last_layer(groups, off)
         return off
+
+    def _after_step(self) -> None:
+        candidates = {p for g in self._optimizer.param_groups if g["drop"] and g["drop"].layerwise for p in g["params"]}
+        seen = self._params.intersection(candidates) - self._decided
+        self._participation.learn(seen, self._calls.ran)
+        self._calls.ran.clear()
+        self._calls.renew()
+        self._decide(set())
+
+    def _before_any_step(self, optimizer: Optimizer, *_) -> None:
+        known = self._optimizer._switched_off
+        if optimizer is self._optimizer or not self._decided or not self._is_in_its_loop():
+            return
+        if any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step() has parameters whose gradients were left out by "
+                f"skip_dropped_layers for a {type(self._optimizer).__name__}, which has not stepped since. End the "
+                "skipping by its handle's remove() before another optimizer trains the model"
+            )
+
+    def _is_in_its_loop(self) -> bool:
+        frame = sys._getframe() if self._within is not None else None
+        while frame is not self._within:
+            if frame is None:
+                return False
+            frame = frame.f_back
+        return True
+
+    def _check_checkpointing(self) -> None:
+        for module in self._checkpointing:
+            function = getattr(module, "_gradient_checkpointing_func", None)  # transformers'
+            if module.gradient_checkpointing and getattr(function, "keywords", {}).get("use_reentrant"):
+                raise ValueError(
+                    "model must not use reentrant activation checkpointing with skip_dropped_layers: behind a "
+                    "switched-off layer it loses all gradients. Set use_reentrant=False in its checkpointing kwargs"
+                )
+
+
+class _Participation:
+    """Which parameters get a gradient when which modules run, learned from steps in which they were on.
+
+    Nothing is said of a parameter that stands in a module with submodules, unless it is one of torch's: such a module
+    may use it in some of its calls (XLNet's seg_embed, Wav2Vec2's masked_spec_embed). One without uses all it has.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._chains: dict[Tensor, list[tuple[nn.Module, ...]]] = {}  # modules around it, innermost first
+        self._witnesses: dict[Tensor, tuple[nn.Module, ...]] = {}  # if one of them ran, there is a gradient; () never
+        self._collect(model, ())
+
+    def _collect(self, module: nn.Module, around: tuple[nn.Module, ...]) -> None:
+        chain = (module, *around)
+        plain = not module._modules or type(module).__module__.startswith("torch.nn.")
+        for param in module._parameters.values():
+            if param is not None:
+                self._chains.setdefault(param, []).append(chain)
+                if not plain:
+                    self._witnesses[param] = ()
+        for child in module.children():
+            self._collect(child, chain)
+
+    def known(self, param: Tensor) -> bool:
+        return bool(self._witnesses.get(param))
+
+    def expected(self, param: Tensor, ran: set[nn.Module]) -> bool:
+        """Whether ``param`` would have had a gradient, had it been on."""
+        return not ran.isdisjoint(self._witnesses.get(param, ()))
+
+    def learn(self, params: set[Tensor], ran: set[nn.Module]) -> None:
+        """From a step in which ``params`` were on and the modules ``ran`` ran."""
+        for param in params if ran else ():
+            if not param.requires_grad or self._witnesses.get(param) == ():
+                continue
+            present = param.grad is not None
+            if param in self._witnesses:
+                if present != self.expected(param, ran):
+                    self._witnesses[param] = ()
+            elif present:
+                innermost = [next((m for m in chain if m in ran), None) for chain in self._chains[param]]
+                self._witnesses[param] = tuple(m for m in innermost if m is not None)
+            elif any(chain[0] in ran for chain in self._chains[param]):
+                self._witnesses[param] = ()
 
 
 def _last_layer(groups: list[dict], params: set[Tensor]) -> set[Tensor]:
@@ -112,13 +238,3 @@ def _last_layer(groups: list[dict], params: set[Tensor]) -> set[Tensor]:
     return {
         p for g in having if g is having[-1] or (layer is not None and g.get("layer") == layer) for p in g["params"]
     }
-
-
-def _check_checkpointing(model: nn.Module) -> None:
-    for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)  # transformers'
-        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
-            raise ValueError(
-                "model must not use reentrant activation checkpointing with skip_dropped_layers: behind a switched-off "
-                "layer it loses all gradients. Set use_reentrant=False in its checkpointing kwargs"
-            )

@@ -1,24 +1,33 @@
 """GradDropAdamW in Hugging Face's Trainer. Needs transformers 5 or newer, which nothing else in the package imports."""
 
-from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+import sys
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
 
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from .adamw import GradDropAdamW
 from .layers import param_groups
-from .optimizer import GradDropAdamW
+from .log_values import log_values
 from .policies import Policy
-from .skip import skip_dropped_layers, unwrap
+from .policy_text import policy
+from .skip import SkippedLayers, unwrap
 
 
 def graddrop_optimizer(
     args: TrainingArguments,
     *,
-    drop: Policy | None,
+    drop: Policy | str | Mapping[str, Any] | None,
     targets: str = "all",
     exclude: str | None = None,
     include_head: bool = False,
     stack: str | None = None,
-    **options,
-) -> tuple[type, dict]:
+    **options: Any,
+) -> tuple[type, dict[str, Any]]:
     """What the Trainer's ``optimizer_cls_and_kwargs`` takes: GradDropAdamW over the layers of the Trainer's model.
 
         Trainer(model, args, ..., optimizer_cls_and_kwargs=graddrop_optimizer(args, drop=LayerGradDrop(p=0.5)),
@@ -28,35 +37,40 @@ def graddrop_optimizer(
     user's; here all of these come with it.
 
     Args:
-        args: learning_rate, adam_beta1, adam_beta2, adam_epsilon and weight_decay are taken from it.
-        drop, targets, exclude, include_head, stack: see :func:`graddrop_fused.layers.param_groups`.
+        args: learning_rate, adam_beta1, adam_beta2, adam_epsilon and weight_decay are taken from it whenever the
+            Trainer makes an optimizer, so that every trial of hyperparameter_search has its own.
+        drop: a policy, or its text, such as "graddrop-epoch:p=0.9,toggle"; see :func:`graddrop_fused.policy`.
+        targets, exclude, include_head, stack: see :func:`graddrop_fused.layers.param_groups`.
         options: further arguments of GradDropAdamW, such as seed or effect; they win over ``args``.
     """
-    return _OnLayers, {
-        "groups": {
-            "weight_decay": options.pop("weight_decay", args.weight_decay),
-            "drop": drop,
-            "targets": targets,
-            "exclude": exclude,
-            "include_head": include_head,
-            "stack": stack,
-        },
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        **options,
+    groups = {
+        "drop": policy(drop),
+        "targets": targets,
+        "exclude": exclude,
+        "include_head": include_head,
+        "stack": stack,
     }
+    return _OnLayers, {"args": args, "groups": groups, "options": options}
 
 
 class _OnLayers:
     """A factory in the Trainer's sense: made without arguments, called with the model and the keywords."""
 
-    def __call__(self, model: nn.Module, *, groups: dict, **options) -> GradDropAdamW:
-        return GradDropAdamW(param_groups(model, **groups), **options)
+    def __call__(
+        self, model: nn.Module, *, args: TrainingArguments, groups: dict[str, Any], options: dict[str, Any]
+    ) -> GradDropAdamW:
+        chosen = {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+            "weight_decay": args.weight_decay,
+            **options,
+        }
+        return GradDropAdamW(param_groups(model, weight_decay=chosen.pop("weight_decay"), **groups), **chosen)
 
 
 class GradDropCallback(TrainerCallback):
-    """Tells the optimizer which epoch it is, also when training resumes in the middle of one.
+    """Tells the optimizer which epoch it is, also when training resumes in the middle of one, and logs its masks.
 
     Without it, policies that follow epochs (GradDropEpoch, GradFreeze, ...) raise an error at the first step; others
     don't need it.
@@ -65,39 +79,91 @@ class GradDropCallback(TrainerCallback):
         skip_dropped_layers: compute no gradients for layers that the coming step drops; see
             :func:`graddrop_fused.skip.skip_dropped_layers`. The Trainer clips gradients before the step, by a norm
             that would lack the skipped ones: needs ``TrainingArguments(max_grad_norm=0)``, where 1.0 is the default.
+            It ends with the training, also when that is interrupted.
+        log: add graddrop_active, graddrop_p and the like to what the Trainer logs, wherever it reports to; see
+            :func:`graddrop_fused.log_values.log_values`.
 
     Raises:
-        TypeError: as training begins, if the optimizer is no GradDropAdamW. ValueError: if it skips and clips.
+        TypeError: as training begins, if the optimizer is no GradDropAdamW. ValueError: if it skips and clips, or
+            skips under DataParallel.
     """
 
-    def __init__(self, skip_dropped_layers: bool = False):
+    def __init__(self, skip_dropped_layers: bool = False, log: bool = True):
         self.skip_dropped_layers = skip_dropped_layers
-        self._skipped = None
+        self.log = log
+        self._skipped: SkippedLayers | None = None
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **_):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **_: Any,
+    ) -> None:
+        self._stop_skipping()
         self._optimizer = unwrap(optimizer)
-        if self.skip_dropped_layers and args.max_grad_norm:
-            raise ValueError(
-                "max_grad_norm must be 0 with GradDropCallback(skip_dropped_layers=True), got "
-                f"{args.max_grad_norm!r}: the norm that the Trainer clips by would lack the gradients of skipped "
-                "layers, and training would differ from the same run without skipping. Set "
-                "TrainingArguments(max_grad_norm=0), or call graddrop_fused.skip.skip_dropped_layers yourself if that "
-                "is what you want"
-            )
+        if self.skip_dropped_layers:
+            _check_skipping(args)
         # Counted from here on: after an epoch that a callback cut short, state.epoch is not a whole number
         self._epoch = int(state.epoch or 0)
-        self._stop_skipping()
+        handler, loop = _caller()
+        if handler is not None and handler.callbacks[0] is not self:
+            # What we add to the logs must be there before others report them
+            handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
         if self.skip_dropped_layers:
-            self._skipped = skip_dropped_layers(model, self._optimizer)
+            self._skipped = SkippedLayers(model, self._optimizer, within=loop)
 
-    def on_epoch_begin(self, args, state, control, **_):
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._optimizer.set_epoch(self._epoch)
         self._epoch += 1
 
-    def on_train_end(self, args, state, control, **_):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if self.log and logs is not None and "loss" in logs:
+            values = log_values(self._optimizer)
+            logs.update(values)
+            if state.log_history:
+                state.log_history[-1].update(values)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._stop_skipping()
 
-    def _stop_skipping(self):
+    def _stop_skipping(self) -> None:
         if self._skipped is not None:
             self._skipped.remove()
             self._skipped = None
+
+
+def _check_skipping(args: TrainingArguments) -> None:
+    if args.max_grad_norm:
+        raise ValueError(
+            "max_grad_norm must be 0 with GradDropCallback(skip_dropped_layers=True), got "
+            f"{args.max_grad_norm!r}: the norm that the Trainer clips by would lack the gradients of skipped "
+            "layers, and training would differ from the same run without skipping. Set "
+            "TrainingArguments(max_grad_norm=0), or call graddrop_fused.skip_dropped_layers yourself if that "
+            "is what you want"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"n_gpu must be at most 1 with GradDropCallback(skip_dropped_layers=True), got {args.n_gpu!r}: the Trainer "
+            "would use DataParallel, whose replicas hide the model's modules. Start one process a GPU by torchrun"
+        )
+
+
+def _caller() -> tuple[CallbackHandler | None, FrameType | None]:
+    """Who called a callback's method: the Trainer's handler, and the frame of the training loop behind it.
+
+    No event tells a callback that its loop was interrupted, and none hands it the handler; Python's stack has both.
+    """
+    handler, frame = None, sys._getframe(2)
+    while frame is not None and isinstance(frame.f_locals.get("self"), CallbackHandler):
+        handler, frame = frame.f_locals["self"], frame.f_back
+    return handler, frame

@@ -1,19 +1,19 @@
 """What users may pass. Every error names the argument, its value and what would be right, before anything changes."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from .contract import Effect
+from .checks import check_bool, check_nonnegative
+from .groups import Layers, Member, effect_of, members, policy_of, static_mask
 from .names import canonical_name
-from .plan import Layers, Member, members, policy_of, static_mask
-from .policies import GradDrop, Policy, StaticMask
+from .policies import EFFECTS, Policy, StaticMask
+from .rules import Rule
 from .shards import gradient_problem, local
 
-EFFECTS = tuple(effect.name.lower() for effect in Effect)
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -22,27 +22,15 @@ def state_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"state_dtype must be None, torch.float32 or torch.bfloat16, got {dtype!r}")
 
 
-def group_options(options: Mapping[str, Any]) -> None:
+def group_options(options: Mapping[str, Any], rule_class: type[Rule]) -> None:
     """Hyperparameters of one group (or the defaults of all)."""
-    _check_nonnegative("lr", options["lr"])
-    if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
-        raise ValueError(
-            f"lr must be a float or a tensor of one element, got one of shape {tuple(options['lr'].shape)}"
-        )
-    _check_nonnegative("eps", options["eps"])
-    _check_nonnegative("weight_decay", options["weight_decay"])
-    betas = options["betas"]
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    for index, beta in enumerate(betas):
-        if not isinstance(beta, int | float) or not 0.0 <= beta < 1.0:
-            raise ValueError(f"betas[{index}] must be a number in [0, 1), got {beta!r}")
-    for name in ("amsgrad", "maximize", "capturable", "differentiable"):
-        if not isinstance(options[name], bool):
-            raise TypeError(f"{name} must be True or False, got {options[name]!r}")
-    if options["differentiable"]:
+    _check_lr(options["lr"])
+    rule_class.check(options)
+    for name in ("maximize", "capturable", "differentiable"):
+        check_bool(name, options.get(name, False))
+    if options.get("differentiable"):
         raise ValueError("differentiable must be False: the fused step updates in place, outside autograd; got True")
-    if options["foreach"] and options["fused"]:
+    if options.get("foreach") and options.get("fused"):
         raise ValueError("foreach and fused must not both be True (the step is always fused), got True and True")
     policy(options["drop"], options["effect"])
     layer = options.get("layer")
@@ -50,17 +38,28 @@ def group_options(options: Mapping[str, Any]) -> None:
         raise TypeError(f"layer must be a layer's name (str) or None, got {layer!r}")
 
 
-def policy(drop: Any, effect: str) -> None:
-    if effect not in EFFECTS:
-        raise ValueError(f"effect must be one of {', '.join(map(repr, EFFECTS))}, got {effect!r}")
-    if drop is not None and not isinstance(drop, Policy):
+def _check_lr(lr: Any) -> None:
+    if not isinstance(lr, Tensor):
+        return check_nonnegative("lr", lr)
+    if lr.numel() != 1:
+        raise ValueError(f"lr must be a float or a tensor of one element, got one of shape {tuple(lr.shape)}")
+    if not lr.is_cuda and not lr.is_meta and not bool((lr >= 0).all()):
+        raise ValueError(f"lr must be at least 0, got {lr!r}")
+
+
+def policy(drop: Any, effect: Any) -> None:
+    if effect is not None and (not isinstance(effect, str) or effect not in EFFECTS):
+        raise ValueError(f"effect must be None or one of {', '.join(map(repr, EFFECTS))}, got {effect!r}")
+    if drop is None:
+        return
+    if not isinstance(drop, Policy):
         raise TypeError(f"drop must be None or a policy such as GradDrop(p=0.1), got {drop!r}")
-    if isinstance(drop, GradDrop) and drop.distribution == "gaussian" and effect != "gradient":
-        raise ValueError(f"effect must be 'gradient' with distribution='gaussian', got {effect!r}")
+    drop.check_effect(effect_of({"drop": drop, "effect": effect}).name.lower())
+    drop.to_state()  # what cannot be saved would fail at the first checkpoint, after the training
 
 
 def new_group(
-    group: Mapping[str, Any], defaults: Mapping[str, Any], others: Sequence[Mapping[str, Any]]
+    group: Any, defaults: Mapping[str, Any], others: Sequence[Mapping[str, Any]], rule_class: type[Rule]
 ) -> dict[str, Any]:
     """Check a group that add_param_group is about to take; returns it with its params as a list."""
     if not isinstance(group, Mapping) or "params" not in group:
@@ -71,41 +70,100 @@ def new_group(
     elif isinstance(params, set):
         raise TypeError("params must be an ordered collection, got a set, whose order changes between runs")
     params = list(params)
-    for entry in params:
-        name, param = entry if isinstance(entry, tuple) else (None, entry)
-        _check_param(name, param)
-    tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in params]
-    if len({id(p) for p in tensors}) != len(tensors):
-        repeated = next(i for i, p in enumerate(tensors) if any(p is q for q in tensors[:i]))
-        raise ValueError(
-            f"params must not list a parameter twice (a fused pass would update it twice at once): number {repeated} "
-            f"of the group, of shape {tuple(tensors[repeated].shape)}, stood before"
-        )
-    held = {id(p) for other in others for p in other["params"]}
-    for index, (entry, param) in enumerate(zip(params, tensors, strict=True)):
-        if id(param) in held:
-            name = entry[0] if isinstance(entry, tuple) else index
-            raise ValueError(f"params must not list a parameter of another group again, got {name!r} a second time")
-    group_options({**defaults, **group})
+    named = [entry if isinstance(entry, tuple) else (None, entry) for entry in params]
+    for index, (name, value) in enumerate(named):
+        param("a parameter" if name is None else f"parameter {name!r}", value, index)
+    _check_listed_once(named, others)
+    whole = {**defaults, **group, "params": [value for _, value in named]}
+    group_options(whole, rule_class)
+    if all(name is not None for name, _ in named) and named:
+        whole["param_names"] = [name for name, _ in named]
+    consistent = [g for g in others if ("param_names" in g) == ("param_names" in whole)]
+    if len(consistent) == len(others):  # torch refuses a mixture of named and unnamed in its own words
+        groups([*others, whole])
     return {**group, "params": params}
 
 
+def _check_listed_once(named: Sequence[tuple[Any, Tensor]], others: Sequence[Mapping[str, Any]]) -> None:
+    seen: set[int] = set()
+    for index, (_, value) in enumerate(named):
+        if id(value) in seen:
+            raise ValueError(
+                f"params must not list a parameter twice (a fused pass would update it twice at once): number {index} "
+                f"of the group, of shape {tuple(value.shape)}, stood before"
+            )
+        seen.add(id(value))
+    held = {id(p) for other in others for p in other["params"]}
+    for index, (name, value) in enumerate(named):
+        if id(value) in held:
+            called = index if name is None else name
+            raise ValueError(f"params must not list a parameter of another group again, got {called!r} a second time")
+
+
 def groups(param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """What only groups show: colliding ids, shards of unknown place, StaticMasks that fit nothing, mixed capturable."""
+    """What only groups show: colliding ids, shards of unknown place, masks of other shapes, mixed capturable."""
     every = members(param_groups)
     Layers.of(param_groups)
     for member in every:
+        if is_lazy(member.param):  # its first forward pass gives it a shape
+            continue
         member.shard()
         static_mask(param_groups[member.group], member)
-    names = {member.name for member in every}
+    if len({group.get("capturable", False) for group in param_groups}) > 1:
+        raise ValueError("capturable must be the same in all groups, got both True and False")
+
+
+def all_groups(param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """What only all groups together show: the above, names that StaticMask has for nothing, and a layer policy over a
+    single layer, which would drop everything at once or never anything."""
+    groups(param_groups)
+    names = {member.name for member in members(param_groups)}
+    layers = Layers.of(param_groups).count
     for group in param_groups:
         drop = policy_of(group)
         if isinstance(drop, StaticMask) and isinstance(drop.masks, Mapping):
             unknown = [key for key in drop.masks if canonical_name(key) not in names]
             if unknown:
                 raise ValueError(f"StaticMask names {unknown[0]!r}, which is no parameter of this optimizer")
-    if len({group.get("capturable", False) for group in param_groups}) > 1:
-        raise ValueError("capturable must be the same in all groups, got both True and False")
+        if drop is not None and drop.layerwise and layers < 2:
+            raise ValueError(
+                f"{drop!r} needs a model of at least two layers, and these groups have {layers}: give the optimizer "
+                "graddrop_fused.param_groups(model, drop=...), or groups with group['layer'] of your own"
+            )
+
+
+def param(called: str, value: Any, index: int | None = None) -> None:
+    """A parameter that kernels, or at least the reference, can update in place."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"params must hold tensors or (name, tensor) pairs, got {type(value)} for {called}")
+    called = called if called.startswith(("a ", "param")) else f"parameter {called}"
+    if value.layout is not torch.strided:
+        raise ValueError(f"{called} must be a dense tensor, got layout {value.layout}")
+    if value.dtype not in PARAM_DTYPES:
+        raise ValueError(f"{called} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    if is_lazy(value):
+        return
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{called} must not be an inference tensor, which only torch.inference_mode() may update: clone it"
+        )
+    part = local(value)
+    if expanded(part) or overlaps_itself(part):
+        raise ValueError(
+            f"{called} must not be expanded or overlap itself (elements would share memory), got shape "
+            f"{tuple(part.shape)} with strides {part.stride()}"
+        )
+    if type(value) in ORDINARY and part.device.type in ("cpu", "cuda") and part.numel():
+        needed = _extent(part)
+        held = part.untyped_storage().nbytes() // part.element_size() - part.storage_offset()
+        if needed > held:
+            raise ValueError(
+                f"{called} must have memory for its shape {tuple(part.shape)}, which takes {needed} elements, but its "
+                f"storage has {held}"
+            )
+
+
+ORDINARY = (Tensor, torch.nn.Parameter)  # classes whose elements lie at their address
 
 
 def gradient(member: Member, grad: Tensor | None) -> None:
@@ -126,35 +184,66 @@ def gradient(member: Member, grad: Tensor | None) -> None:
     problem = gradient_problem(param, grad)
     if problem is not None:
         _refuse(member, problem)
+    if type(grad) not in ORDINARY and type(param) in ORDINARY and not _has_memory(grad):
+        _refuse(member, f"must be an ordinary tensor like its parameter, got a {type(grad).__name__} without memory")
 
 
 def _refuse(member: Member, problem: str) -> None:
     raise ValueError(f"the gradient of parameter {member.called} {problem}")
 
 
-def _check_param(name: str | None, param: Any) -> None:
-    called = "a parameter" if name is None else f"parameter {name!r}"
-    if not isinstance(param, Tensor):
-        raise TypeError(f"params must hold tensors or (name, tensor) pairs, got {type(param)} for {called}")
-    if param.layout is not torch.strided:
-        raise ValueError(f"{called} must be a dense tensor, got layout {param.layout}")
-    if param.dtype not in PARAM_DTYPES:
-        raise ValueError(f"{called} must be float32, bfloat16, float16 or float64, got {param.dtype}")
-    if expanded(local(param)):
-        strides = local(param).stride()
-        raise ValueError(f"{called} must not be expanded (elements would share memory), got strides {strides}")
+def _has_memory(tensor: Tensor) -> bool:
+    try:
+        return tensor.numel() == 0 or tensor.is_meta or tensor.data_ptr() != 0
+    except RuntimeError:
+        return False
+
+
+def no_shared_memory(every: Sequence[Member]) -> None:
+    """Raises ValueError if two parameters have elements in common: a fused pass would update them twice at once."""
+    spans = []
+    for member in every:
+        part = local(member.param)
+        if type(member.param) in ORDINARY and part.numel() and part.device.type in ("cpu", "cuda"):
+            start = part.data_ptr()
+            spans.append((start, start + _extent(part) * part.element_size(), member))
+    spans.sort(key=lambda span: span[:2])
+    for (_, stop, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+        if start < stop and _elements_meet(local(first.param), local(second.param)):
+            raise ValueError(
+                f"parameters {first.called} and {second.called} must not share memory (a fused pass would update their "
+                "common elements twice at once)"
+            )
+
+
+def _elements_meet(first: Tensor, second: Tensor) -> bool:
+    base, size = first.data_ptr(), first.element_size()
+    if first.dtype != second.dtype or (second.data_ptr() - base) % size:
+        return True
+    offset = (second.data_ptr() - base) // size
+    taken = torch.zeros(max(_extent(first), offset + _extent(second)), dtype=torch.bool, device="cpu")
+    taken.as_strided(first.shape, first.stride(), 0).fill_(True)
+    return bool(taken.as_strided(second.shape, second.stride(), offset).any())
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements from the first one to the last one in memory."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def expanded(tensor: Tensor) -> bool:
     """Whether elements share memory, as torch.Tensor.expand makes them."""
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() > 1 and any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
-def _check_nonnegative(name: str, value: Any) -> None:
-    if isinstance(value, Tensor):
-        if not value.is_cuda and not bool((value >= 0).all()):
-            raise ValueError(f"{name} must be at least 0, got {value!r}")
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    elif not 0.0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements may share memory, as torch.as_strided can make them: a stride that the smaller ones reach."""
+    reached = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if tensor.numel() > 1 and size > 1:
+            if stride <= reached:
+                return True
+            reached += stride * (size - 1)
+    return False

@@ -251,6 +251,40 @@ def test_the_gate_lets_right_contestants_through_and_puts_the_sample_back(dtype)
         Claim(p=0.1).check("right", masked_by(lambda g: drop(g, 0.1, 1.0))(tensors), sample, LR)
 
 
+def freezing(unit, p):
+    """torch's step, but for units that are frozen with probability p."""
+
+    def build(tensors):
+        whole = fused(tensors)
+
+        def step():
+            held = []
+            for param, m, v in zip(tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, strict=True):
+                keep = (torch.rand(-(-param.numel() // unit)) >= p).repeat_interleave(unit)[: param.numel()]
+                held.append((keep.view(param.shape), [(t.detach(), t.detach().clone()) for t in (param, m, v)]))
+            whole.step()
+            for keep, states in held:
+                for now, old in states:
+                    now.copy_(torch.where(keep, now, old))
+
+        return step
+
+    return build
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("unit", [1, 128])
+def test_a_gradient_that_is_zero_does_not_redden_the_gate(dtype, unit):
+    """torch 2.11 draws zeros among bfloat16 gradients; a zero says nothing of its element's mask."""
+    tensors = Tensors.random([(600_000,), (17, 23), (129, 128)], dtype)
+    for param in tensors.params:
+        param.grad.view(-1)[::7] = 0
+    claim = Claim(p=0.5, rescale=1.0, effect="freeze", unit=unit)
+    claim.check("right", freezing(unit, 0.5)(tensors), Sample(tensors), LR)
+    with pytest.raises(Red, match="keeps" if unit == 1 else "in part|keeps"):
+        claim.check("wrong", freezing(1, 0.1)(tensors), Sample(tensors), LR)
+
+
 def test_gradients_that_a_contestant_spoils_are_put_back():
     tensors = Tensors.random([(1000,)], torch.float32)
     grads = [p.grad.clone() for p in tensors.params]

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 from crosslingual_files import ROWS, write, write_model
+from seqeval.metrics import precision_score
 from transformers import AutoTokenizer
 
-from benchmarks.crosslingual import heads, intents, multiemo, squad, tasks, xglue
+from benchmarks.crosslingual import heads, intents, multiemo, scores, tasks, xglue
 from benchmarks.crosslingual.task import Question, TaggedWords, Task, Text
 
 
@@ -147,7 +148,16 @@ def test_tags_stand_at_first_subwords(tokenizer):
     assert feature["labels"].count(heads.IGNORE) == len(words) - 3 > 3
 
 
-def test_tagging_scores(tokenizer):
+def _right(features, classes):
+    """Logits that say every label of ``features``."""
+    logits = np.zeros((len(features), max(len(f["labels"]) for f in features), classes))
+    for row, feature in zip(logits, features, strict=True):
+        for position, label in enumerate(feature["labels"]):
+            row[position, max(label, 0)] = 1
+    return logits
+
+
+def test_entities_behind_max_length_are_missed(tokenizer):
     head = heads.Tagging(tokenizer, ["O", "B-PER", "I-PER"], 16)
     examples = [
         TaggedWords(("Anna", "cat"), ("B-PER", "O")),
@@ -155,18 +165,102 @@ def test_tagging_scores(tokenizer):
     ]
     features = head.features(examples, training=False)
     assert all(len(f["input_ids"]) <= 16 for f in features)
-    longest = max(len(f["labels"]) for f in features)
-    right = np.zeros((2, longest, 3))
-    for row, feature in zip(right, features, strict=True):
-        for position, label in enumerate(feature["labels"]):
-            row[position, max(label, 0)] = 1
     # both entities, one of them behind max_length: precision 1, recall 1/2
-    assert head.metric == "F1" and head.score(examples, features, right, "en") == pytest.approx(100 * 2 / 3)
-    words = heads.Tagging(tokenizer, ["DET", "NOUN"], 16)
-    example = [TaggedWords(("a", "cat"), ("NOUN", "NOUN"))]
-    feature = words.features(example, training=False)
-    everything_first = np.eye(2)[np.zeros((1, longest), dtype=int)]
-    assert words.metric == "accuracy" and words.score(example, feature, everything_first, "en") == 0.0
+    assert head.metric.startswith("entity F1")
+    assert head.score(examples, features, _right(features, 3), "en") == pytest.approx(100 * 2 / 3)
+
+
+def test_words_cut_off_are_wrong_parts_of_speech(tokenizer):
+    head = heads.Tagging(tokenizer, ["ADJ", "NOUN"], 16)
+    # "Anna" is four pieces behind a blank: with <s> and </s> two of the three words fit
+    examples = [TaggedWords(("Anna", "Anna", "Anna", "Anna"), ("NOUN", "ADJ", "NOUN", "ADJ"))]
+    features = head.features(examples, training=False)
+    labels = [label for label in features[0]["labels"] if label != heads.IGNORE]
+    assert len(features[0]["input_ids"]) == 16 and labels == [1, 0, 1]
+    # three runs are predicted, all right; the last word, "ADJ", is not predicted as the first label
+    assert head.score(examples, features, _right(features, 2), "en") == 100.0
+    everything_first = np.eye(2)[np.zeros((1, 16), dtype=int)]
+    # the predictions ADJ ADJ ADJ O are one run, which is none of NOUN, ADJ, NOUN, ADJ
+    assert head.score(examples, features, everything_first, "en") == 0.0
+
+
+@pytest.mark.parametrize(("language", "words", "pieces"), [
+    ("en", ("爱", "the"), ["<s>", "▁", "爱", "▁the", "</s>"]),
+    ("zh", ("爱", "的", "the"), ["<s>", "爱", "<unk>", "▁the", "</s>"]),
+    ("th", ("爱",), ["<s>", "爱", "</s>"]),
+])  # fmt: skip
+def test_bare_blanks_carry_no_tag_in_chinese_and_thai(tokenizer, language, words, pieces):
+    head = heads.Tagging(tokenizer, ["NOUN"], 16)
+    example = TaggedWords(words, ("NOUN",) * len(words))
+    (feature,) = head.features([example], training=False, language=language)
+    assert tokenizer.convert_ids_to_tokens(feature["input_ids"]) == pieces
+    # each word's first piece that is left has its tag
+    assert sum(label != heads.IGNORE for label in feature["labels"]) == len(words)
+    assert head.score([example], [feature], _right([feature], 1), language) == 100.0
+
+
+# Metrics by hand
+
+
+def test_tag_runs():
+    assert scores.tag_runs([]) == set() == scores.tag_runs(["O", "O"])
+    assert scores.tag_runs("NOUN NOUN VERB O NOUN".split()) == {("NOUN", 0, 1), ("VERB", 2, 2), ("NOUN", 4, 4)}
+    # seqeval takes a first S for "single"
+    assert scores.tag_runs("SYM SYM SCONJ".split()) == {("SYM", 0, 0), ("SYM", 1, 1), ("SCONJ", 2, 2)}
+
+
+def test_run_precision_by_hand():
+    truth = ["DET NOUN NOUN VERB".split(), "PRON VERB".split()]
+    # sentence 1: runs DET, NOUN (one word only), ADJ, VERB: 2 of 4 are true; sentence 2: PRON, NOUN: 1 of 2
+    predicted = ["DET NOUN ADJ VERB".split(), "PRON NOUN".split()]
+    assert scores.run_precision(truth, predicted) == pytest.approx(100 * 3 / 6)
+    assert scores.run_precision(truth, truth) == 100.0
+    assert scores.run_precision(truth, [["O"] * 4, ["O"] * 2]) == 0.0
+    # a word that is cut off joins no run, and breaks the true one
+    assert scores.run_precision([["NOUN", "NOUN"]], [["NOUN", "O"]]) == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:.* seems not to be NE tag")
+def test_run_precision_is_seqeval_s():
+    """On tags that seqeval 1.2.2 does not confuse: it takes CCONJ and SCONJ for one, and X for the same as O."""
+    rng = np.random.default_rng(0)
+    tags = np.array("ADJ ADP NOUN NUM VERB DET PUNCT INTJ SYM O".split())
+    truth, predicted = ([[str(t) for t in tags[rng.integers(0, 10, 12)]] for _ in range(60)] for _ in range(2))
+    predicted = [
+        [t if keep else p for t, p, keep in zip(ts, ps, rng.random(12) < 0.7, strict=True)]
+        for ts, ps in zip(truth, predicted, strict=True)
+    ]
+    assert scores.run_precision(truth, predicted) == pytest.approx(100 * precision_score(truth, predicted))
+
+
+def test_queries_are_runs_of_rows():
+    assert scores.runs_of(["a", "a", "b", "a"]) == [range(0, 2), range(2, 3), range(3, 4)]
+    truth, predicted = [1, 0, 3, 0, 2], [0, 1, 1, 1, 0]
+    # q, q: the better row is ranked last; r alone is left out; q again, two rows: ranked in the wrong order
+    first = (1 / np.log2(3)) / 1
+    second = (2 / np.log2(3)) / 2
+    found = scores.query_ndcg(["q", "q", "r", "q", "q"], truth, predicted)
+    assert found == pytest.approx(100 * (first + second) / 2)
+
+
+def test_tied_documents_share_their_places():
+    # both documents are predicted 1: gains 2 and 0 take the two places in turn
+    gain = 2 * (1 / np.log2(2) + 1 / np.log2(3)) / 2
+    assert scores.query_ndcg(["q", "q"], [2, 0], [1, 1]) == pytest.approx(100 * gain / 2)
+
+
+def test_limits_tear_no_query():
+    rows = [Text("x", "0", str(i), group=query) for i, query in enumerate("aaabbbbccddddde")]
+    task = Task("t", "ranking", ("0",), rows, {"en": rows}, {"en": rows})
+    for limit in range(3, 16):
+        kept = task.limited(limit, limit, limit)
+        assert kept.train == kept.dev["en"] == kept.test["en"] and len(kept.train) <= limit
+        for query in {row.group for row in kept.train}:
+            assert [r for r in kept.train if r.group == query] == [r for r in rows if r.group == query]
+    assert len(task.limited(14).train) >= 10
+    assert [row.group for row in task.limited(1).train] == ["a"] * 3  # one query at least
+    with pytest.raises(ValueError, match="dev must be at least 1, got 0"):
+        task.limited(dev=0)
 
 
 @pytest.mark.parametrize("max_length", [128, 40])
@@ -175,7 +269,7 @@ def test_extraction_finds_the_span_it_was_given(tokenizer, max_length):
     context = "the cat sat on the mat in Paris and Anna runs on the mat"
     examples = [
         Question("1", "a dog", context, (("in Paris", context.index("in Paris")),)),
-        Question("2", "a cat", context, (("the", 0), ("mat", 19))),
+        Question("2", "a cat", context, (("the cat", 0), ("mat", 19))),
         Question("3", "a cat", context, (("mat", len(context) - 3),)),
     ]
     features = head.features(examples, training=True)
@@ -191,13 +285,34 @@ def test_extraction_finds_the_span_it_was_given(tokenizer, max_length):
     assert head.score(examples, features, (starts * 0, ends * 0), "en") < 50.0
 
 
-def test_squad_f1_by_language():
-    assert squad.f1("the cat!", "A CAT", "en") == 1.0
-    assert squad.f1("the cat", "Cat sat", "en") == pytest.approx(2 / 3)
-    assert squad.f1("", "cat", "en") == 0.0
-    assert squad.f1("der Hund", "Hund", "de") == 1.0 and squad.f1("der Hund", "Hund", "en") == pytest.approx(2 / 3)
-    assert squad.f1("我爱你", "爱你。", "zh") == pytest.approx(0.8)
-    assert squad.f1("的 cat", "cat", "zh") == pytest.approx(2 / 3)
+@pytest.mark.parametrize(("prediction", "truth", "language", "expected"), [
+    ("the cat!", "A CAT", "en", 1.0),
+    ("the cat", "Cat sat", "en", 2 / 3),
+    ("", "cat", "en", 0.0),
+    ("the", "the", "en", 0.0),  # both are empty without articles: nothing is in common
+    ("", "", "en", 0.0),
+    ("der Hund", "Hund", "de", 1.0), ("der Hund", "Hund", "en", 2 / 3),
+    ("la casa", "casa", "es", 1.0), ("cái nhà", "nhà", "vi", 1.0), ("البيت", "بيت", "ar", 1.0),
+    ("我爱你", "爱你。", "zh", 0.8), ("的 cat", "cat", "zh", 2 / 3),
+    ("$5 + 3`", "5 3", "hi", 1.0), ("a~b", "ab", "fr", 1.0),  # ASCII's symbols are punctuation
+    ("5 €", "5", "hi", 2 / 3), ("5 ÷", "5 ×", "hi", 0.5),  # other symbols are words
+    ("«x»", "x", "hi", 1.0), ("दिल्ली।", "दिल्ली", "hi", 1.0),
+])  # fmt: skip
+def test_answer_f1_by_language(prediction, truth, language, expected):
+    assert scores.answer_f1(prediction, truth, language) == pytest.approx(expected)
+
+
+def test_blanks_at_an_answer_s_ends_are_no_part_of_it(tokenizer, tmp_path):
+    write("mlqa", tmp_path)
+    context = "the cat sat on the mat"
+    answers = [{"text": " cat ", "answer_start": 3}]
+    data = {"data": [{"paragraphs": [{"context": context, "qas": [{"id": "1", "question": "?", "answers": answers}]}]}]}
+    (tmp_path / "MLQA/squad1.1/train-v1.1.json").write_text(json.dumps(data))
+    (example,) = xglue.load("mlqa", tmp_path).train
+    assert example.answers == (("cat", 4),)
+    (feature,) = heads.Extraction(tokenizer, (), 64).features([example], training=True)
+    span = feature["input_ids"][feature["start_positions"] : feature["end_positions"] + 1]
+    assert tokenizer.decode(span).strip() == "cat"
 
 
 # Texts from packages

@@ -114,8 +114,8 @@ def one_rank(rank, world, sharding, truth):
             for state in ("exp_avg", "exp_avg_sq"):
                 assert opt.state[p][state].shape == p.shape
                 assert local(opt.state[p][state]).shape == local(p).shape, (key, name)
-        packed = sum(words.nbytes for bucket in opt._buckets for words in bucket.batch.packed if words is not None)
+        packed = sum(words.nbytes for bucket in opt._plan.buckets for words in bucket.batch.packed if words is not None)
         assert packed == (sum(4 * math.ceil(i.numel() / 32) for i in index.values()) if key == "packed" else 0)
         # FSDP2 puts the transformer's parameters on its mesh and tensor parallelism's on another: one call serves both
-        assert len(opt._buckets) == 1
+        assert len(opt._plan.buckets) == 1
     return index

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_policies import BACKENDS
+from policy_cases import BACKENDS
 from torch import nn
 
 from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, attach

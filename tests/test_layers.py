@@ -1,5 +1,6 @@
 """Layers and parameter groups, on tiny random models: no weights, no network."""
 
+import re
 from functools import partial
 
 import pytest
@@ -8,8 +9,9 @@ import transformers as hf
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
+from graddrop_fused import GradDrop, GradDropAdamW, GradFreeze, LayerGradDrop
 from graddrop_fused.layers import find_layers, param_groups
-from graddrop_fused.policies import GradDrop, GradFreeze, LayerGradDrop
+from graddrop_fused.targets import attention_projections
 
 SIZES = {
     "hidden_size": 32,
@@ -270,9 +272,19 @@ def test_head_is_new(policy):
 
 
 def test_gradual_unfreezing_freezes_decay_too():
+    """Its policy's own effect: param_groups says nothing of it."""
     groups = param_groups(build("Bert"), drop=GradFreeze("bottom-up"), targets="attention")
-    assert all((g.get("effect") == "freeze") == (g["drop"] is not None) for g in groups)
-    assert all("effect" not in g for g in param_groups(build("Bert"), drop=LayerGradDrop(p=0.5)))
+    assert all("effect" not in group for group in groups)
+    optimizer = GradDropAdamW(groups, lr=0.1, weight_decay=0.5)
+    optimizer.set_epoch(0)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.5
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    before = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+    frozen = set(optimizer.dropped_layers())
+    optimizer.step()
+    assert frozen and all(torch.equal(p, old) == (p in frozen) for p, old in before.items())
 
 
 def test_frozen_parameters_are_left_out():
@@ -290,7 +302,11 @@ def test_frozen_parameters_are_left_out():
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"targets": "query_projection"}, ValueError, "targets must be 'all', 'attention' or a regular expression"),
+        (
+            {"targets": "query_projection"},
+            ValueError,
+            "targets must be 'all', 'attention', 'attention\\+query' or a regular",
+        ),
         ({"targets": "("}, ValueError, r"targets must be .* got '\('"),
         ({"targets": None}, TypeError, "targets must be .* got None"),
         ({"exclude": "no_such"}, ValueError, "exclude must be a regular expression or None .* 'no_such' matches none"),
@@ -334,19 +350,161 @@ def test_attention_of_unknown_names():
     ids=["leaf", "sequential", "list of leaves"],
 )
 def test_model_without_a_stack(model):
-    with pytest.raises(ValueError, match=r"model must have one stack .* has none.*stack='encoder.block'"):
+    with pytest.raises(ValueError, match=r"must have a stack .* has none among its parts .*stack='encoder.block'"):
         param_groups(model)
 
 
-def test_model_with_two_stacks():
-    model = hf.T5ForConditionalGeneration(
+def tiny_t5():
+    return hf.T5ForConditionalGeneration(
         hf.T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2, vocab_size=30, decoder_start_token_id=0)
     )
-    with pytest.raises(ValueError, match=r"has 2 of them: \['encoder.block', 'decoder.block'\]"):
-        param_groups(model)
-    layers = find_layers(model, stack="decoder.block")
-    assert [layer for layer in layers if layer.startswith("layer.")] == ["layer.0", "layer.1"]
-    assert all(name.startswith("decoder.block.0.") for name in layers["layer.0"])
+
+
+def test_encoder_then_decoder_or_one_of_them():
+    layers = find_layers(tiny_t5())
+    stacks = [{name.split(".")[0] for name in params} for layer, params in layers.items() if layer.startswith("layer.")]
+    assert stacks == [{"encoder"}, {"encoder"}, {"decoder"}, {"decoder"}]
+    assert "encoder.final_layer_norm.weight" in layers["layer.1"]
+    assert list(layers["head"]) == ["decoder.final_layer_norm.weight"]  # lm_head is tied
+
+    decoder = find_layers(tiny_t5(), stack="decoder.block")
+    assert [layer for layer in decoder if layer.startswith("layer.")] == ["layer.0", "layer.1"]
+    assert all(name.startswith("decoder.block.0.") for name in decoder["layer.0"])
+    assert "encoder.final_layer_norm.weight" in decoder["embeddings"]
+
+
+def test_stages_in_place_of_blocks():
+    config = hf.SwinConfig(depths=[1, 2], num_heads=[1, 2], embed_dim=8, image_size=32, window_size=4)
+    model = hf.SwinForImageClassification(config)
+    assert [*find_layers(model)] == ["embeddings", "layer.0", "layer.1", "layer.2", "head"]
+    stages = find_layers(model, stack="swin.encoder.layers")
+    assert [*stages] == ["embeddings", "layer.0", "layer.1", "head"]
+    assert all(name.startswith("swin.encoder.layers.1.") for name in stages["layer.1"])
+
+
+class Mixer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.mix(x)
+
+
+class Towers(nn.Module):
+    """Registered in an order that is not that of its forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.late, self.early = (nn.ModuleList([Mixer(), Mixer()]) for _ in range(2))
+        self.project = nn.Linear(4, 4)
+        self.stem = nn.Linear(4, 4)
+
+
+class Ordered(Towers):
+    def forward(self, x):
+        self.check(x)
+        dtype = self.late[0].mix.weight.dtype  # touches the later stack and does not run it
+        x = self.encode(x.to(dtype))
+        for block in self.late:
+            x = block(x)
+        return self.norm(x)
+
+    def check(self, x):
+        for block in self.late:
+            assert block.mix.weight.dtype == x.dtype
+
+    def encode(self, x):
+        x = self.stem(x)
+        for block in self.early:
+            x = block(x)
+        return self.project(x)
+
+
+def test_order_is_that_of_the_forward_pass():
+    layers = find_layers(Ordered())
+    assert {layer: sorted({name.split(".")[0] for name in params}) for layer, params in layers.items()} == {
+        "embeddings": ["stem"],
+        "layer.0": ["early"],
+        "layer.1": ["early", "project"],
+        "layer.2": ["late"],
+        "layer.3": ["late"],
+        "head": ["norm"],
+    }
+
+
+def test_order_that_nothing_tells_is_an_error():
+    with pytest.raises(
+        ValueError, match=r"in which order its stacks run.*of Towers.*lists of blocks are \['late', 'early'\]"
+    ):
+        find_layers(Towers())
+    assert [*find_layers(Towers(), stack="early")][:2] == ["layer.0", "layer.1"]
+
+
+# Adapters
+
+
+PEFTS_OWN = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def peft_model(config, head="SequenceClassification", **options):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    model = build("Llama", head) if head == "SequenceClassification" else hf.LlamaForCausalLM(FAMILIES["Llama"][0])
+    return peft.get_peft_model(model, getattr(peft, config)(**options))
+
+
+@PEFTS_OWN
+@pytest.mark.parametrize(
+    "config, options",
+    [
+        ("LoraConfig", {"target_modules": "all-linear"}),
+        ("LoraConfig", {"target_modules": "all-linear", "use_dora": True}),
+        ("IA3Config", {"target_modules": ["q_proj", "k_proj", "v_proj"], "feedforward_modules": []}),
+        ("LoHaConfig", {"target_modules": ["q_proj", "v_proj"]}),
+        ("VeraConfig", {"target_modules": ["q_proj", "o_proj"]}),
+    ],
+)
+def test_adapters_of_attention(config, options):
+    model = peft_model(config, task_type="SEQ_CLS", **options)
+    groups = param_groups(model, drop=LayerGradDrop(p=0.5), targets="attention")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    wanted = {name for name in trained if re.search(r"self_attn\.[kvo]_proj\.", name)}
+    assert names(g for g in groups if g["drop"]) == wanted and wanted
+    both = param_groups(model, drop=GradDrop(p=0.5), targets="attention+query")
+    assert names(g for g in both if g["drop"]) == {name for name in trained if ".self_attn." in name}
+    assert {g["layer"] for g in groups} == {"layer.0", "layer.1", "layer.2", "head"}
+
+
+@PEFTS_OWN
+@pytest.mark.parametrize("config", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+def test_virtual_tokens_have_no_layers_to_choose_among(config):
+    model = peft_model(config, head="CausalLM", task_type="CAUSAL_LM", num_virtual_tokens=4)
+    assert {g["layer"] for g in param_groups(model, drop=GradDrop(p=0.5))} == {"embeddings"}
+    with pytest.raises(ValueError, match=r"LayerGradDrop.*chooses among layers.*prompt_encoder.*such as GradDrop"):
+        param_groups(model, drop=LayerGradDrop(p=0.5))
+
+
+@pytest.mark.parametrize(
+    "name, role",
+    [
+        ("q_proj.lora_A.default.weight", "query"),
+        ("v_proj.lora_magnitude_vector.default.weight", "attention"),
+        ("o_proj.base_layer.weight", "attention"),
+        ("k_proj.ia3_l.default", "attention"),
+        ("v_proj.hada_w1_a.default", "attention"),
+        ("q_norm.weight", None),
+        ("rotary.weight", None),
+    ],
+)
+def test_names_of_adapters(name, role):
+    block = nn.ModuleDict({"self_attn": nn.Module(), "mlp": nn.Module()})
+    found = [
+        targets
+        for targets in ("attention", "attention+query")
+        if attention_projections(block, [f"self_attn.{name}", f"mlp.{name}"], targets) == {f"self_attn.{name}"}
+    ]
+    assert found == {"attention": ["attention", "attention+query"], "query": ["attention+query"], None: []}[role]
 
 
 def test_model_that_is_all_frozen():

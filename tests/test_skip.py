@@ -1,7 +1,9 @@
 """skip_dropped_layers: the same trajectory, bit for bit, without the work."""
 
+import copy
 from functools import partial
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,9 +11,8 @@ import transformers as hf
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import layer_skipping
+from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, GradFreeze, LayerGradDrop, LinearAnneal
 from graddrop_fused.layers import param_groups
-from graddrop_fused.optimizer import GradDropAdamW
-from graddrop_fused.policies import GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, LinearAnneal
 from graddrop_fused.skip import skip_dropped_layers
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
@@ -56,17 +57,19 @@ def dropped_by_mask(opt):
 
 
 def train(model, opt, *, skip, steps=6, accumulate=1, per_epoch=2, before_step=lambda model: None, wrap=lambda m: m):
-    """Train; returns how many parameters each forward pass had switched off."""
+    """Train; returns how many parameters each backward pass left without a gradient."""
     handle = skip_dropped_layers(model, opt) if skip else None
     wrapped = wrap(model)
     torch.manual_seed(2)  # for dropout
     off = []
+    never_asked = {p for p in model.parameters() if not p.requires_grad}
     for i, ids in enumerate(batches(steps * accumulate)):
         if i % (accumulate * per_epoch) == 0:
             opt.set_epoch(i // (accumulate * per_epoch))
         loss = loss_of(wrapped, ids)
-        off.append(sum(not p.requires_grad for p in model.parameters()))
+        assert {p for p in model.parameters() if not p.requires_grad} == never_asked
         loss.backward()
+        off.append(sum(p.grad is None for p in model.parameters()) - len(never_asked))
         if (i + 1) % accumulate == 0:
             before_step(model)
             opt.step()
@@ -150,17 +153,24 @@ def test_everything_dropped():
     assert max(off) == len(list(model.parameters())) - head
 
 
-def test_switches_off_exactly_the_dropped_layers():
+@pytest.mark.parametrize("effect", ["gradient", "freeze"])
+def test_switches_off_exactly_the_dropped_layers(effect):
     model = build_model()
-    opt = build_optimizer(model, LayerGradDrop(p=0.5))
+    opt = build_optimizer(model, LayerGradDrop(p=0.5), {"effect": effect})
     with skip_dropped_layers(model, opt):
-        for ids in batches(5):
-            expected = dropped_by_mask(opt)
+        for step, ids in enumerate(batches(5)):
+            # which parameters get a gradient at all shows in the first step; a frozen layer is untouched either way
+            expected = set() if step == 0 and effect == "gradient" else dropped_by_mask(opt)
+            inside = []
+            hook = model.bert.pooler.register_forward_hook(
+                lambda *_, inside=inside: inside.extend(p for p in model.parameters() if not p.requires_grad)
+            )
             loss_of(model, ids).backward()
-            assert {p for p in model.parameters() if not p.requires_grad} == expected
+            hook.remove()
+            assert set(inside) == expected
             assert {p for p in model.parameters() if p.grad is None} == expected
-            opt.step()
             assert all(p.requires_grad for p in model.parameters())
+            opt.step()
             opt.zero_grad()
 
 
@@ -221,27 +231,243 @@ def test_only_training_passes_with_gradients_switch():
     handle = skip_dropped_layers(model, opt)
     ids = batches(1)[0]
     model.eval()
-    loss_of(model, ids)
-    assert all(p.requires_grad for p in model.parameters())
+    loss_of(model, ids).backward()
+    assert all(p.grad is not None for p in model.parameters()) and not opt._switched_off
     model.train()
-    with torch.no_grad():
-        loss_of(model, ids)
-    assert all(p.requires_grad for p in model.parameters())
+    model.zero_grad()
 
     loss_of(model, ids).backward()
-    off = {p for p in model.parameters() if not p.requires_grad}
-    assert off == dropped_by_mask(opt) != set()
+    off = {p for p in model.parameters() if p.grad is None}
+    assert off == dropped_by_mask(opt) != set() and opt._switched_off == set(map(id, off))
     model.eval()  # an evaluation between micro-batches leaves the step's decision alone
     with torch.no_grad():
         loss_of(model, ids)
-    assert off == {p for p in model.parameters() if not p.requires_grad}
+    assert opt._switched_off == set(map(id, off))
 
     handle.remove()
     handle.remove()
-    assert all(p.requires_grad for p in model.parameters()) and not opt._switched_off
+    assert not opt._switched_off and not any("_compiled_call_impl" in vars(m) for m in model.modules())
     model.train()
-    loss_of(model, ids)
-    assert all(p.requires_grad for p in model.parameters())
+    loss_of(model, ids).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt: no Exception."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, Interrupted])
+def test_an_interrupted_pass_leaves_nothing_off(error):
+    model = build_model()
+    opt = build_optimizer(model, GradFreeze("top-down"))
+    seen = []
+
+    def interrupt(*_):
+        seen.append(sum(not p.requires_grad for p in model.parameters()))
+        raise error
+
+    with skip_dropped_layers(model, opt) as handle:
+        hook = model.bert.pooler.register_forward_hook(interrupt)
+        with pytest.raises(error):
+            loss_of(model, batches(1)[0])
+        assert seen[0] > 0 and all(p.requires_grad for p in model.parameters())
+        hook.remove()
+        loss_of(model, batches(1)[0]).backward()  # and the next pass goes on as ever
+        assert {p for p in model.parameters() if p.grad is None} == dropped_by_mask(opt)
+        assert not handle._calls.running
+
+
+def test_what_the_user_freezes_between_forward_and_step_stays_frozen():
+    model = build_model()
+    opt = build_optimizer(model, GradFreeze("top-down"))
+    with skip_dropped_layers(model, opt):
+        loss_of(model, batches(1)[0]).backward()
+        for p in model.bert.parameters():
+            p.requires_grad_(False)
+        opt.step()
+        loss_of(model, batches(1)[0])
+        assert not any(p.requires_grad for p in model.bert.parameters())
+
+
+def test_pickles_and_copies_know_nothing_of_it(tmp_path):
+    model = build_model()
+    opt = build_optimizer(model, GradFreeze("top-down"))
+    with skip_dropped_layers(model, opt):
+        loss = loss_of(model, batches(1)[0])
+        torch.save(model, tmp_path / "model.pt")
+        copies = [copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)]
+        for other in copies:
+            assert all(p.requires_grad for p in other.parameters())
+            loss_of(other, batches(1)[0]).backward()
+            assert all(p.grad is not None for p in other.parameters())
+        loss.backward()
+        assert {p for p in model.parameters() if p.grad is None} == dropped_by_mask(opt)
+
+
+class OftenAbsent(torch.nn.Module):
+    """Blocks that get no gradient for many reasons. Each holds a parameter for one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = torch.nn.ModuleList(OftenAbsentBlock() for _ in range(3))
+        self.head = torch.nn.Linear(4, 1)
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += 1
+        for number, block in enumerate(self.block):
+            if (self.passes + number) % 3 != 0:  # a block that is left out, as by Wav2Vec2's layerdrop
+                x = block(x, self.passes % 2 == 0)
+        return self.head(x).mean()
+
+
+class OftenAbsentBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.reached = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)  # the second not by its own call
+        self.unused, self.discarded = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.never = torch.nn.Parameter(torch.ones(4))  # XLNet's mask_emb
+        self.sometimes = torch.nn.Parameter(torch.ones(4))  # XLNet's seg_embed
+
+    def forward(self, x, all_of_it):
+        self.discarded(x)
+        x = torch.nn.functional.linear(self.linear(x), self.reached.weight, self.reached.bias)
+        return x * self.sometimes if all_of_it else x
+
+
+def test_a_parameter_that_gets_no_gradient_anyway():
+    """Same parameters, same state: what took no part has neither step nor decay, as without skipping."""
+
+    def train(skip):
+        torch.manual_seed(0)
+        model = OftenAbsent().train()
+        groups = [
+            {"params": list(b.named_parameters(f"block.{i}")), "layer": str(i)} for i, b in enumerate(model.block)
+        ]
+        groups.append({"params": list(model.head.named_parameters("head")), "drop": None})
+        opt = GradDropAdamW(groups, lr=0.1, weight_decay=0.5, drop=LayerGradDrop(p=0.5), seed=4, backend="reference")
+        handle = skip_dropped_layers(model, opt) if skip else None
+        absent = []
+        for step in range(24):
+            torch.manual_seed(step)
+            model(torch.randn(3, 4)).backward()
+            absent.append(sum(p.grad is None for p in model.parameters()))
+            opt.step()
+            opt.zero_grad()
+        if handle:
+            handle.remove()
+        return model, opt, absent
+
+    (a, opt_a, natural), (b, opt_b, absent) = train(False), train(True)
+    assert_same(a, b, opt_a, opt_b)
+    assert sum(absent) > sum(natural)
+    stepless = {name.split(".")[2] for name, p in b.named_parameters() if not opt_b.state[p]}
+    assert stepless == {"unused", "discarded", "never"}
+
+
+@pytest.mark.parametrize("family", ["XLNet", "Wav2Vec2"])
+def test_models_with_such_parameters(family):
+    def build():
+        torch.manual_seed(0)
+        if family == "XLNet":
+            config = hf.XLNetConfig(vocab_size=40, d_model=16, n_layer=3, n_head=2, d_inner=24)
+            return hf.XLNetForSequenceClassification(config).train()
+        config = hf.Wav2Vec2Config(
+            hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, layerdrop=0.4,
+            conv_dim=(8, 8), conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2,
+            num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, mask_time_prob=0.0,
+            classifier_proj_size=8,
+        )  # fmt: skip
+        return hf.Wav2Vec2ForSequenceClassification(config).train()
+
+    def train(skip):
+        model = build()
+        blocks = model.transformer.layer if family == "XLNet" else model.wav2vec2.encoder.layers
+        inside = {p for block in blocks for p in block.parameters()}
+        name_of = {p: name for name, p in model.named_parameters()}
+        groups = [
+            {"params": [(name_of[p], p) for p in block.parameters()], "layer": f"layer.{i}"}
+            for i, block in enumerate(blocks)
+        ]
+        groups.append({"params": [(n, p) for n, p in model.named_parameters() if p not in inside], "drop": None})
+        opt = GradDropAdamW(groups, lr=1e-2, weight_decay=0.1, drop=LayerGradDrop(p=0.5), seed=5, backend="reference")
+        handle = skip_dropped_layers(model, opt) if skip else None
+        absent = 0
+        for step in range(8):
+            torch.manual_seed(step)
+            numpy.random.seed(step)  # Wav2Vec2 draws some of its masks there
+            inputs = (
+                {"input_ids": torch.randint(2, 40, (3, 7))}
+                if family == "XLNet"
+                else {"input_values": torch.randn(2, 800)}
+            )
+            model(**inputs, labels=torch.tensor([0, 1, 0])[: len(next(iter(inputs.values())))]).loss.backward()
+            absent += sum(p.grad is None for p in model.parameters())
+            opt.step()
+            opt.zero_grad()
+        if handle:
+            handle.remove()
+        return model, opt, absent
+
+    (a, opt_a, natural), (b, opt_b, absent) = train(False), train(True)
+    assert_same(a, b, opt_a, opt_b)
+    assert absent > natural > 0
+
+
+def test_parts_of_a_model_that_are_called_one_by_one():
+    """As a LightningModule's training_step does, whose own call nobody makes."""
+
+    def train(skip):
+        model = build_model()
+        opt = build_optimizer(model, LayerGradDrop(p=0.5))
+        handle = skip_dropped_layers(model, opt) if skip else None
+        torch.manual_seed(2)
+        absent = 0
+        for ids in batches(6):
+            pooled = model.bert(input_ids=ids).pooler_output
+            torch.nn.functional.cross_entropy(model.classifier(pooled), ids[:, 0] % 2).backward()
+            absent += sum(p.grad is None for p in model.parameters())
+            opt.step()
+            opt.zero_grad()
+        if handle:
+            handle.remove()
+        return model, opt, absent
+
+    (a, opt_a, _), (b, opt_b, absent) = train(False), train(True)
+    assert_same(a, b, opt_a, opt_b)
+    assert absent
+
+
+def test_another_optimizer_must_not_step_meanwhile():
+    model = build_model()
+    opt = build_optimizer(model, GradFreeze("top-down"))
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    elsewhere = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)
+    before = [p.clone() for p in model.parameters()]
+    handle = skip_dropped_layers(model, opt)
+    loss_of(model, batches(1)[0]).backward()
+    elsewhere.step()
+    with pytest.raises(RuntimeError, match=r"SGD.step\(\) has parameters whose gradients were left out by .*remove"):
+        other.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    opt.step()
+    other.step()
+    handle.remove()
+    loss_of(model, batches(1)[0]).backward()
+    other.step()
+
+
+def test_two_handles_on_one_model():
+    model = build_model()
+    opts = [build_optimizer(model, GradFreeze(direction)) for direction in ("top-down", "bottom-up")]
+    first, second = (skip_dropped_layers(model, opt) for opt in opts)
+    first.remove()
+    loss_of(model, batches(1)[0]).backward()
+    assert {p for p in model.parameters() if p.grad is None} == dropped_by_mask(opts[1])
+    second.remove()
+    model.zero_grad()
+    loss_of(model, batches(1)[0]).backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -277,7 +503,7 @@ def test_reentrant_activation_checkpointing_is_refused():
 
 def test_clipping():
     """Equal below max_norm; above it, skipping is what clipping the masked gradient would be."""
-    make = partial(build_optimizer, drop=LayerGradDrop(p=0.5))
+    make = partial(build_optimizer, drop=LayerGradDrop(p=0.5), options={"effect": "freeze"})
 
     def clip(max_norm):
         return lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -343,6 +569,31 @@ def test_compiled_model():
     assert any(compare(one_layer, make, steps=3, per_epoch=2, wrap=compiled))
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # dynamo looks at inputs
+@pytest.mark.parametrize("what", ["model", "blocks"])
+def test_modules_compiled_in_place_meanwhile(what):
+    """module.compile() takes the place of what watches the module's calls."""
+    torch._dynamo.reset()
+
+    def run(skip):
+        model = one_layer()
+        opt = build_optimizer(model, LayerGradDrop(p=0.5))
+        handle = skip_dropped_layers(model, opt) if skip else None
+        off = train(model, opt, skip=False, steps=2)
+        for module in [model] if what == "model" else model.bert.encoder.layer:
+            module.compile(backend="eager")
+        off += train(model, opt, skip=False, steps=4)
+        if handle:
+            handle.remove()
+        return model, opt, off
+
+    (a, opt_a, _), (b, opt_b, off) = run(False), run(True)
+    assert_same(a, b, opt_a, opt_b)
+    assert any(off)
+
+
 def test_hook_on_the_compiled_model():
     torch._dynamo.reset()
     plain, model = one_layer(), compiled(one_layer())
@@ -389,6 +640,13 @@ def test_benchmark(capsys):
 
 
 # Bad input
+
+
+def test_data_parallel():
+    model = build_model()
+    opt = build_optimizer(model, LayerGradDrop(p=0.5))
+    with pytest.raises(ValueError, match="model must not be a DataParallel"):
+        skip_dropped_layers(torch.nn.DataParallel(model), opt)
 
 
 def test_another_optimizer():

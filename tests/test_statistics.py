@@ -14,7 +14,7 @@ from graddrop_fused import mask_stream
 
 Z = 5.0
 N = 200_000
-AT = {"seed": 20240607, "draw": 3, "stream": 11}
+AT = {"seed": 20240607, "draw": 3, "stream_id": 11}
 
 
 def mask(p, numel=N, block=1, window=None, **at):
@@ -36,10 +36,10 @@ def test_kept_share(p, seed):
     assert abs(z_of_share(mask(p, seed=seed), 1 - p)) < Z
 
 
-def test_words_are_uniform():
-    """Chi-square over 256 equal cells of the top byte and of the lowest byte; its normal approximation."""
-    words = mask_stream.element_words(torch.arange(N), **AT)
-    for byte in (words >> 24, words & 0xFF):
+def test_numbers_are_uniform():
+    """Chi-square over 256 equal cells of the upper byte and of the lower byte; its normal approximation."""
+    random = mask_stream.element_random(torch.arange(N), **AT)
+    for byte in (random >> 8, random & 0xFF):
         counts = torch.bincount(byte, minlength=256).double()
         chi2 = ((counts - N / 256) ** 2 / (N / 256)).sum().item()
         assert abs(chi2 - 255) / math.sqrt(2 * 255) < Z
@@ -47,18 +47,41 @@ def test_words_are_uniform():
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize(
-    "other", [{"draw": 4}, {"draw": 3 + 2**31}, {"stream": 12}, {"seed": 20240608}, {"seed": 20240607 + 2**32}], ids=str
+    "other",
+    [
+        {"draw": 4},
+        {"draw": 3 + 2**31},
+        {"stream_id": 12},
+        {"stream_id": 11 + 2**32},
+        {"stream_id": 11 + 2**51},
+        {"seed": 20240608},
+        {"seed": 20240607 + 2**32},
+    ],
+    ids=str,
 )
 def test_masks_of_other_steps_parameters_and_seeds_are_independent(p, other):
     assert abs(z_of_agreement(mask(p), mask(p, **other), 1 - p)) < Z
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("distance", [1, 2, 31, 32, 33, 64, 96, 127, 128, 129, 256])
+@pytest.mark.parametrize("distance", [1, 2, 3, 31, 32, 33, 64, 96, 127, 128, 129, 256])
 def test_elements_are_independent(p, distance):
     """Neighbours; the same lane of the words of a tile (32, 64, 96); the same place of neighbouring tiles (128)."""
     bits = mask(p)
     assert abs(z_of_agreement(bits[:-distance], bits[distance:], 1 - p)) < Z
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_the_two_halves_of_a_word_are_independent(p):
+    """Of masks, and of the numbers themselves: their correlation, and a chi-square over 16 x 16 cells."""
+    bits = mask(p)
+    assert abs(z_of_agreement(bits[0::2], bits[1::2], 1 - p)) < Z
+    low, high = mask_stream.element_random(torch.arange(N), **AT).double().view(-1, 2).unbind(1)
+    products = (low / 2**16 - 0.5) * (high / 2**16 - 0.5)  # variance 1 / 144
+    assert abs(products.mean().item()) < Z / 12 / math.sqrt(N / 2)
+    cells = torch.bincount((low // 4096 * 16 + high // 4096).long(), minlength=256).double()
+    chi2 = ((cells - N / 512) ** 2 / (N / 512)).sum().item()
+    assert abs(chi2 - 255) / math.sqrt(2 * 255) < Z
 
 
 def test_every_place_in_a_tile_keeps_its_share():
@@ -67,35 +90,37 @@ def test_every_place_in_a_tile_keeps_its_share():
     assert z.abs().max() < Z
 
 
-def test_element_block_and_layer_words_differ():
-    """Purposes separate: the same seed, draw and stream give unrelated words."""
-    blocks = mask_stream.block_words(torch.arange(0, 128 * 4000, 128), 128, **AT)
-    elements = mask_stream.element_words(torch.arange(4000), **AT)
-    assert not set(blocks.tolist()) >= set(elements[:8].tolist())
-    assert abs(z_of_agreement(blocks < 2**31, elements < 2**31, 0.5)) < Z
-    assert mask_stream.layer_word(**AT) not in elements.tolist()
+def test_purposes_are_independent():
+    """The same seed, draw and stream id give unrelated numbers for elements, blocks and each kind of rounding."""
+    index = torch.arange(20_000)
+    drawn = {purpose: mask_stream.element_random(index, **AT, purpose=purpose) for purpose in (0, 4, 5, 6)}
+    drawn["blocks"] = mask_stream.block_random(index * 128, 128, **AT)
+    names = list(drawn)
+    for i, first in enumerate(names):
+        for second in names[:i]:
+            assert abs(z_of_agreement(drawn[first] < 2**15, drawn[second] < 2**15, 0.5)) < Z
 
 
 def test_layer_draws():
     """24 layers over 2,000 steps: each layer's share, agreement of neighbouring layers and of neighbouring steps."""
     lo, span = mask_stream.bernoulli_window(0.3)
-    at = [[{"seed": 5, "draw": d, "stream": layer} for layer in range(24)] for d in range(1, 2001)]
-    kept = torch.tensor([[mask_stream.decide(mask_stream.layer_word(**a), lo, span) for a in step] for step in at])
+    at = [[{"seed": 5, "draw": d, "stream_id": layer} for layer in range(24)] for d in range(1, 2001)]
+    kept = torch.tensor([[mask_stream.decide(mask_stream.layer_random(**a), lo, span) for a in step] for step in at])
     for layer in range(24):
         assert abs(z_of_share(kept[:, layer], 0.7)) < Z
     assert abs(z_of_agreement(kept[:, 1:], kept[:, :-1], 0.7)) < Z
     assert abs(z_of_agreement(kept[1:], kept[:-1], 0.7)) < Z
 
 
-@pytest.mark.parametrize("block", [128, 384])
+@pytest.mark.parametrize("block", [2, 23, 128, 384])
 def test_block_masks(block):
     blocks = 6000
-    bits = mask(0.4, blocks * block - 50, block=block)  # the last block is short
+    bits = mask(0.4, blocks * block - block // 2, block=block)  # the last block is short
     whole = bits[: (blocks - 1) * block].reshape(-1, block)
     assert torch.equal(whole.all(1), whole.any(1))  # one decision for a block
     assert bits[(blocks - 1) * block :].unique().numel() == 1
     assert abs(z_of_share(whole[:, 0], 0.6)) < Z
-    for distance in (1, 2, 3, 4):
+    for distance in (1, 2, 3, 4, 7, 8):
         assert abs(z_of_agreement(whole[:-distance, 0], whole[distance:, 0], 0.6)) < Z
     assert not torch.equal(bits, mask(0.4, bits.numel(), block=block, draw=4))
 
@@ -118,7 +143,7 @@ def test_gaussian_moments():
     assert abs(z_of_share(normals.abs() > 1.959963985, 0.05)) < Z
 
 
-@pytest.mark.parametrize("block", [1, 128])
+@pytest.mark.parametrize("block", [1, 23, 128])
 @pytest.mark.parametrize("p", [0.0, 0.25, 0.5, 0.7, 0.9])
 def test_toggle_activates_every_element_exactly_once_in_a_cycle(p, block):
     bounds = mask_stream.epoch_bounds(p)
@@ -126,7 +151,7 @@ def test_toggle_activates_every_element_exactly_once_in_a_cycle(p, block):
     epochs = [mask(p, numel, block, window=(lo, hi - 1 - lo)) for lo, hi in zip(bounds[:-1], bounds[1:], strict=True)]
     assert torch.equal(torch.stack(epochs).sum(0), torch.ones(numel, dtype=torch.int64))
     for lo, hi, bits in zip(bounds[:-1], bounds[1:], epochs, strict=True):
-        q = (hi - lo) / 2**32
+        q = (hi - lo) / 2**16
         if q < 1:
             assert abs(z_of_share(bits[::block], q)) < Z
 
@@ -138,8 +163,8 @@ def test_accumulate_only_ever_adds_elements(p):
     for hi in bounds[1:]:
         now = mask(p, window=(0, hi - 1))
         assert (now | ~before).all()
-        if hi < 2**32:
-            assert abs(z_of_share(now, hi / 2**32)) < Z
+        if hi < 2**16:
+            assert abs(z_of_share(now, hi / 2**16)) < Z
             assert abs(z_of_share(now & ~before, 1 - p)) < Z
         before = now
     assert before.all()

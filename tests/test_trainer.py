@@ -1,7 +1,10 @@
 """Hugging Face's Trainer and Accelerate's own loop, on a tiny random model: no weights, no network."""
 
+import copy
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +13,8 @@ import transformers as hf
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch.utils.data import DataLoader
 
+from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, GradFreeze, LayerGradDrop, LinearAnneal
 from graddrop_fused.layers import param_groups
-from graddrop_fused.optimizer import GradDropAdamW
-from graddrop_fused.policies import GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, LinearAnneal
 from graddrop_fused.skip import unwrap
 from graddrop_fused.trainer import GradDropCallback, graddrop_optimizer
 
@@ -214,14 +216,24 @@ def test_a_model_made_anew_gets_groups_of_its_own(tmp_path):
 
 def test_skipping_in_the_trainer_changes_nothing(tmp_path):
     """max_grad_norm=0: a norm of all gradients would miss the skipped ones."""
+
+    class Count(hf.TrainerCallback):
+        absent = 0
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+            self.absent += sum(p.grad is None for p in model.parameters())
+
     models = []
     for skip in (False, True):
         args = arguments(tmp_path, save_strategy="no", num_train_epochs=2, max_grad_norm=0.0)
         trainer = build_trainer(args, LayerGradDrop(p=0.5))
         trainer.remove_callback(GradDropCallback)
         trainer.add_callback(GradDropCallback(skip_dropped_layers=skip))
+        count = Count()
+        trainer.add_callback(count)
         trainer.train()
         models.append(trainer.model)
+        assert bool(count.absent) == skip
         assert all(p.requires_grad for p in trainer.model.parameters())
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(p, q)
@@ -299,5 +311,188 @@ def test_accelerate_resumes_in_the_middle_of_an_epoch(policy, tmp_path):
 
 
 def test_package_imports_without_transformers():
-    code = "import sys, graddrop_fused.optimizer, graddrop_fused.skip; assert 'transformers' not in sys.modules"
+    code = "import sys, graddrop_fused.masked, graddrop_fused.skip; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Interruptions
+
+
+class Raises(hf.TrainerCallback):
+    """At one moment of the second step, wherever that is."""
+
+    def __init__(self, error, moment):
+        self.error, self.moment, self.step = error, moment, 0
+
+    def on_step_begin(self, args, state, control, **_):
+        self.step = state.global_step
+
+    def at(self, moment):
+        if self.step == 1 and moment == self.moment:
+            raise self.error
+
+    def on_pre_optimizer_step(self, *_, **__):
+        self.at("after backward")
+
+    def on_step_end(self, *_, **__):
+        self.at("after the step")
+
+
+class InterruptedTrainer(hf.Trainer):
+    raises = None
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        with model.classifier.register_forward_hook(lambda *_: self.raises.at("in forward")):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.raises.at("behind forward")
+        loss.register_hook(lambda _: self.raises.at("in backward"))
+        return loss
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("moment", ["in forward", "behind forward", "in backward", "after backward", "after the step"])
+def test_an_interrupted_trainer_leaves_the_model_as_it_was(moment, error, tmp_path):
+    """Whatever trains the model next trains all of it: here a Trainer that knows nothing of us."""
+    args = arguments(tmp_path, save_strategy="no", num_train_epochs=1, max_grad_norm=0.0)
+    options = {"train_dataset": examples()}
+    raises = Raises(error, moment)
+    trainer = InterruptedTrainer(
+        build_model(),
+        args,
+        optimizer_cls_and_kwargs=graddrop_optimizer(args, drop=GradFreeze("top-down"), backend="reference"),
+        callbacks=[GradDropCallback(skip_dropped_layers=True), raises],
+        **options,
+    )
+    trainer.raises = raises
+    with pytest.raises(error):
+        trainer.train()
+    assert all(p.requires_grad for p in trainer.model.parameters())
+
+    apart = copy.deepcopy(trainer.model)  # which knows nothing of the interrupted training
+    for model in (trainer.model, apart):
+        hf.Trainer(model, args, **options).train()
+    for (name, p), q in zip(apart.named_parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+# Search, text, logs, several processes
+
+
+def test_every_trial_of_a_search_has_its_own_arguments(tmp_path):
+    """What the arguments are when the optimizer is made counts."""
+    seen = []
+
+    class Look(hf.TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **_):
+            groups = unwrap(optimizer).param_groups
+            seen.append((groups[0]["lr"], groups[0]["weight_decay"], groups[0]["betas"][0], groups[0]["eps"]))
+
+    args = arguments(tmp_path, save_strategy="no", max_steps=1, lr_scheduler_type="constant")
+    trainer = hf.Trainer(
+        model_init=lambda: build_model(),
+        args=args,
+        train_dataset=examples(),
+        optimizer_cls_and_kwargs=graddrop_optimizer(args, drop="graddrop:p=0.3", backend="reference", eps=1e-5),
+        callbacks=[GradDropCallback(), Look()],
+    )
+    for lr, decay, beta in ((1e-2, 0.1, 0.9), (1e-3, 0.2, 0.8)):
+        # what hyperparameter_search does for a trial
+        trainer.args.learning_rate, trainer.args.weight_decay, trainer.args.adam_beta1 = lr, decay, beta
+        trainer.train()
+    assert seen == [(1e-2, 0.1, 0.9, 1e-5), (1e-3, 0.2, 0.8, 1e-5)]
+
+
+def test_a_search_by_optuna(tmp_path):
+    pytest.importorskip("optuna", reason="optuna is not installed")
+    seen = []
+
+    class Look(hf.TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **_):
+            seen.append((args.learning_rate, unwrap(optimizer).param_groups[0]["lr"]))
+
+    args = arguments(tmp_path, save_strategy="no", max_steps=1, lr_scheduler_type="constant")
+    trainer = hf.Trainer(
+        model_init=lambda: build_model(),
+        args=args,
+        train_dataset=examples(),
+        eval_dataset=examples(4),
+        optimizer_cls_and_kwargs=graddrop_optimizer(args, drop="graddrop:p=0.3", backend="reference"),
+        callbacks=[GradDropCallback(), Look()],
+    )
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-1)},
+        n_trials=3,
+        backend="optuna",
+    )
+    assert all(argument == made for argument, made in seen) and len(set(seen)) == 3
+
+
+def test_a_policy_by_its_text(tmp_path):
+    trainer = build_trainer(arguments(tmp_path), "graddrop-epoch:p=0.6,toggle")
+    assert {g["drop"] for g in trainer.create_optimizer().param_groups} == {GradDropEpoch(p=0.6, toggle=True)}
+    with pytest.raises(ValueError, match="the policy must be one of .*, got 'dropout'"):
+        build_trainer(arguments(tmp_path), "dropout:p=0.6")
+
+
+class Reporter(hf.TrainerCallback):
+    """Stands where TensorBoard's or Weights & Biases' callback does: before the user's."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.logs.append(dict(logs))
+
+
+@pytest.mark.parametrize(
+    "policy, expected",
+    [
+        (GradDrop(p=0.25), {"graddrop_p": [0.25] * 3, "graddrop_active": [0.75] * 3}),
+        (
+            GradDrop(anneal=LinearAnneal(start=0.5, epochs=3)),
+            {"graddrop_p": [0.5, 0.25, 0.0], "graddrop_active": [0.5, 0.75, 1.0]},
+        ),
+        (GradDropEpoch(p=0.75), {"graddrop_active": [0.25, 0.5, 0.75]}),
+        (GradFreeze("top-down"), {"graddrop_layers_dropped": [3, 2, 1]}),  # of 4 with the head, which has no policy
+    ],
+    ids=["p", "annealed", "by epoch", "by layer"],
+)
+def test_what_is_logged(policy, expected, tmp_path):
+    reporter = Reporter()
+    args = arguments(tmp_path, save_strategy="no", logging_strategy="epoch")
+    trainer = hf.Trainer(
+        build_model(),
+        args,
+        train_dataset=examples(),
+        optimizer_cls_and_kwargs=graddrop_optimizer(args, drop=policy, backend="reference"),
+        callbacks=[reporter, GradDropCallback()],
+    )
+    trainer.train()
+    logs = [entry for entry in reporter.logs if "loss" in entry]
+    for name, values in {**expected, "graddrop_epoch": [0, 1, 2], "graddrop_draw": [6, 12, 18]}.items():
+        assert [entry[name] for entry in logs] == pytest.approx(values, abs=1e-4)
+        assert [entry[name] for entry in trainer.state.log_history if "loss" in entry] == pytest.approx(
+            values, abs=1e-4
+        )
+    assert not any(name.startswith("graddrop") for entry in reporter.logs if "loss" not in entry for name in entry)
+
+
+@pytest.mark.slow
+def test_the_trainer_on_two_ranks(tmp_path):
+    """Every way of running it: the masks of one process, and its parameters up to the order of sums."""
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true"}
+    script = "tests/helpers/trainer_loop.py"
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
+        command = [sys.executable, *launcher, script, str(tmp_path), "2" if launcher else "1"]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+    alone = torch.load(tmp_path / "1-0.pt")
+    first, second = (torch.load(tmp_path / f"2-{rank}.pt") for rank in range(2))
+    assert alone.keys() == first.keys()
+    for way, (draw, epoch, masks, parameters) in alone.items():
+        for its_draw, its_epoch, its_masks, its_parameters in (first[way], second[way]):
+            assert (its_draw, its_epoch) == (draw, epoch) and draw > 0, way
+            assert all(map(torch.equal, its_masks, masks)), way
+            assert all(map(torch.equal, its_parameters, first[way][3])), way
+        torch.testing.assert_close(first[way][3], parameters, rtol=0, atol=1e-11, msg=way)

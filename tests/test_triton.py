@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
+import interpreter
 import parity
 import pytest
 import torch
@@ -30,6 +31,8 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process th
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_under_the_interpreter():
     pytest.importorskip("triton", reason="triton is not installed: nothing to interpret")
+    if reason := interpreter.broken():
+        pytest.skip(reason)
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
         env={**os.environ, "TRITON_INTERPRET": "1"},

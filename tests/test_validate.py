@@ -96,7 +96,7 @@ def test_after_an_error_everything_is_as_it_was():
     for change, message in [
         (lambda s: s["state"][0].pop("exp_avg"), "lacks entry 'exp_avg'"),
         (lambda s: s["state"][0].update(more=torch.zeros(1)), "extra entry 'more'"),
-        (lambda s: s["state"][0].update(exp_avg=torch.zeros(2)), "must have shape"),
+        (lambda s: s["state"][0].update(exp_avg=torch.zeros(2)), "must have its parameter.s shape"),
         (lambda s: s["state"].update({99: s["state"][0]}), "99"),
         (lambda s: s["param_groups"].pop(), "param groups"),
         (lambda s: s["param_groups"][0]["params"].pop(), "parameters"),

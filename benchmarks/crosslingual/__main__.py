@@ -1,34 +1,25 @@
 """Run tasks x methods x seeds, then write the paper's tables and figures.
 
-    python -m benchmarks.crosslingual --tasks intents,multiemo --seeds 0,1,2 --out results/study
+    python -m benchmarks.crosslingual --tasks intents,multiemo --seeds 0,1,2 --out results/comparison
     python -m benchmarks.crosslingual --tasks all-xglue --xglue xglue_full_dataset --model xlm-roberta-large
-    python -m benchmarks.crosslingual --tasks intents,multiemo --out results/study --report-only
+    python -m benchmarks.crosslingual --tasks intents,multiemo --out results/comparison --report-only
 
 Results are JSON lines, a file per task. A run that is there already is not done again, so an interrupted command goes
 on where it stopped; XGLUE runs go on from their last epoch. Several processes may share --out if their tasks differ.
+The study of docs/study.md has a command of its own: python -m benchmarks.crosslingual.study.
 """
 
 import argparse
-import os
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
-from tqdm import tqdm
+from benchmarks import progress
 
-from . import figures, models, results, tables, tasks, training
+from . import figures, methods, models, paper, recipes, reports, results, tables, tasks, training
 from .methods import METHODS
 
-# XGLUE's own recipe, with early stopping
-_XGLUE = training.Settings(epochs=10, batch_size=32, lr=5e-6, max_length=256, warmup=0.0, patience=3, curves=True)
-RECIPES = {
-    "intents": training.Settings(lr=2e-4, curves=True),
-    "multiemo": training.Settings(lr=1e-4, max_length=48, curves=True),
-    "ner": replace(_XGLUE, epochs=20),
-    "pos": replace(_XGLUE, epochs=20, lr=2e-5, max_length=128),
-    "mlqa": replace(_XGLUE, epochs=2, batch_size=12, lr=3e-5, max_length=384),
-}
 # In a report: the line below which everything is written anew
 RESULTS = "<!-- results: the command below writes all that follows -->"
 # English training examples, and dev and test examples per language
@@ -37,11 +28,6 @@ SIZES = {
     "standard": {"intents": (None, 100, 200), "multiemo": (2000, 100, 200)},
     "full": {},
 }
-
-
-def recipe(task: str) -> training.Settings:
-    """The settings of a task, before flags."""
-    return RECIPES.get(task, _XGLUE)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,11 +47,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=Path("results/crosslingual"), help="folder (default: %(default)s)")
     p.add_argument("--report", type=Path, metavar="FILE", help="Markdown file (default: OUT/report.md)")
     p.add_argument("--report-only", action="store_true", help="only write tables and figures of what is there")
-    own = p.add_argument_group("in place of the task's recipe")
-    for name, kind in (("epochs", int), ("batch-size", int), ("accumulation", int), ("lr", float), ("max-length", int),
-                       ("p", float), ("targets", str), ("backend", str), ("patience", int)):  # fmt: skip
+    p.add_argument("--paper", action="store_true", help="only print the paper's own tables, and what to know of them")
+    p.add_argument(
+        "--recipe", choices=recipes.RECIPES, help="xglue: XGLUE's own (default for its tasks); short: of embedded tasks"
+    )
+    p.add_argument("--curves", action=argparse.BooleanOptionalAction, default=True,
+                   help="test the first seed after every epoch (default: yes)")  # fmt: skip
+    own = p.add_argument_group("in place of the recipe")
+    kinds = {"epochs": int, "batch-size": int, "accumulation": int, "lr": float, "max-length": int,
+             "weight-decay": float, "clip": float, "p": float, "targets": str, "backend": str}  # fmt: skip
+    for name, kind in kinds.items():
         own.add_argument(f"--{name}", type=kind)
-    own.add_argument("--curves", action=argparse.BooleanOptionalAction, help="test the first seed after every epoch")
+    own.add_argument("--optimizer", choices=methods.OPTIMIZERS)
+    own.add_argument("--choose", choices=("best", "last"), help="the epoch that is scored")
+    own.add_argument("--mask-head", action=argparse.BooleanOptionalAction, help="mask the new head, too (default: no)")
+    own.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="bfloat16 (default: no)")
     own.add_argument("--train", type=int, help="English training examples at most")
     own.add_argument("--dev", type=int, help="dev examples per language at most")
     own.add_argument("--test", type=int, help="test examples per language at most")
@@ -74,18 +70,26 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    if arguments.paper:
+        print("\n\n".join([paper.notes(), *map(tables.markdown, tables.paper_tables({}).values())]))
+        return 0
     try:
         names = _names("task", arguments.tasks, tasks.TASKS, {"all-xglue": tuple(tasks.xglue.TASKS)})
-        methods = _names("method", arguments.methods, METHODS, {"all": tuple(METHODS)})
+        wanted = _names("method", arguments.methods, METHODS, {"all": tuple(METHODS)})
         seeds = _seeds(arguments.seeds)
         if not arguments.report_only:
+            for settings in map(_settings_of(arguments), names):
+                methods.check(wanted, epochs=settings.epochs, p=settings.p, kind=settings.optimizer)
             for name in names:
-                _run_task(name, methods, seeds, arguments)
+                _run_task(name, wanted, seeds, arguments)
         report = arguments.report or arguments.out / "report.md"
         write_report(arguments.out, report, " ".join(sys.argv[1:] if argv is None else argv))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
+        return 130
     print(f"tables and figures: {report}")
     return 0
 
@@ -105,60 +109,45 @@ def _seeds(text: str) -> list[int]:
         raise ValueError(f"seeds must be comma-separated integers, got {text!r}") from None
 
 
-def _run_task(name: str, methods: list[str], seeds: list[int], arguments: argparse.Namespace) -> None:
-    settings = _settings(name, arguments)
+def _run_task(name: str, wanted: list[str], seeds: list[int], arguments: argparse.Namespace) -> None:
+    settings = _settings_of(arguments)(name)
     path = arguments.out / f"{name}.jsonl"
     done = results.read(path)
     given = (arguments.train, arguments.dev, arguments.test)
     size = SIZES[arguments.size].get(name, (None, None, None))
     task = tasks.load(name, arguments.xglue).limited(*(b if a is None else a for a, b in zip(given, size, strict=True)))
     results.check_comparable(done.values(), task, settings, path)
-    runs = [(method, seed) for seed in seeds for method in methods]  # seed by seed: paired from the beginning
-    for method, seed in tqdm(runs, desc=name, unit="run"):
-        if results.key(name, method, seed) in done:
-            continue
-        folder = arguments.out / "checkpoints" / f"{name}-{method}-{seed}"
-        saves = settings.patience is not None
-        # the curves of one seed make the figure; those of all would double the time
-        run_settings = replace(settings, curves=settings.curves and seed == seeds[0])
-        result = training.run(task, method, seed, run_settings, checkpoints=folder if saves else None)
-        results.append(path, result)
-        shutil.rmtree(folder, ignore_errors=True)
-        tqdm.write(f"{name} {method} seed {seed}: {result['test_average']:.2f} ({result['seconds']:.0f} s)")
+    runs = [(method, seed) for seed in seeds for method in wanted]  # seed by seed: paired from the beginning
+    missing = [run for run in runs if results.key(name, *run) not in done]
+    with progress.bar(len(runs), name, "run", len(runs) - len(missing), leave=True) as bar:
+        for method, seed in missing:
+            folder = arguments.out / "checkpoints" / f"{name}-{method}-{seed}"
+            saves = name in tasks.xglue.TASKS  # the embedded ones take minutes
+            # the figures are of one seed; those of all would double the time
+            first = seed == seeds[0]
+            record = training.Record(curves=arguments.curves and first, masks=first)
+            result = training.run(task, method, seed, settings, record, checkpoints=folder if saves else None)
+            results.append(path, result)
+            shutil.rmtree(folder, ignore_errors=True)
+            bar.update()
+            progress.say(f"{name} {method} seed {seed}: {result['test_average']:.2f} ({result['seconds']:.0f} s)")
 
 
-def _settings(name: str, arguments: argparse.Namespace) -> training.Settings:
-    fields = (
-        "epochs",
-        "batch_size",
-        "accumulation",
-        "lr",
-        "max_length",
-        "p",
-        "targets",
-        "backend",
-        "patience",
-        "curves",
-    )
-    given = {field: getattr(arguments, field) for field in fields if getattr(arguments, field) is not None}
-    return replace(recipe(name), model=arguments.model, **given)
+def _settings_of(arguments: argparse.Namespace):
+    """Task name -> Settings, of its recipe and what flags put in place of it."""
+    names = [field.name for field in fields(training.Settings)]
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
+    return lambda name: replace(recipes.recipe(name, arguments.recipe), **given)
 
 
 def write_report(folder: Path, report: Path, command: str) -> None:
-    """The report, tables as CSV, and the figures, from every results file in ``folder``.
-
-    What stands above the line ``RESULTS`` in a report that is there already is kept: it is its readers' own text.
-    """
+    """The report, tables as CSV, and the figures, from every results file in ``folder``."""
     by_task = {path.stem: list(results.read(path).values()) for path in sorted(folder.glob("*.jsonl"))}
     by_task = {name: runs for name, runs in by_task.items() if runs}
     if not by_task:
         raise ValueError(f"{folder}: no results")
     machines = sorted({run["machine"] for runs in by_task.values() for run in runs})
-    text = report.read_text("utf-8") if report.exists() else ""
-    own = text.partition(RESULTS)[0].rstrip() if RESULTS in text else "# Zero-shot cross-lingual results"
     parts = [
-        own,
-        RESULTS,
         f"`python -m benchmarks.crosslingual {command}`",
         f"Trained on English; {'; '.join(machines)}. Scores are test scores in per cent. A gain is over plain "
         "fine-tuning with the same seeds, with the 95 % confidence interval of its mean over seeds and p of a "
@@ -171,11 +160,14 @@ def write_report(folder: Path, report: Path, command: str) -> None:
 
     def figure(drawn: bool, path: Path, what: str) -> None:
         if drawn:
-            parts.append(f"![{what}]({Path(os.path.relpath(path, report.parent)).as_posix()})")
+            parts.append(reports.link(path, report, what))
 
     tables.write_csv(tables.scores(run for runs in by_task.values() for run in runs), folder / "scores.csv")
     if any(name in tasks.xglue.TASKS for name in by_task):
-        parts += ["## XGLUE", table(tables.understanding(by_task), "understanding")]
+        parts += ["## XGLUE", table(tables.understanding(by_task), "understanding"), "### Beside the paper",
+                  paper.notes() + " Where our recipe differs from XGLUE's or our model from XLM-R Large, the sections "
+                  "below say so.",
+                  *(table(rows, name) for name, rows in tables.paper_tables(by_task).items())]  # fmt: skip
     for name, runs in by_task.items():
         parts += [
             f"## {name}",
@@ -188,16 +180,14 @@ def write_report(folder: Path, report: Path, command: str) -> None:
         figure(figures.masks(first_seed, masks), masks, "masks over epochs")
         figure(figures.curves(runs, curves), curves, "test score over epochs")
         figure(figures.gains(runs, gains, tables.BASELINE), gains, "gain by language")
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    reports.write_below(report, RESULTS, parts, "# Zero-shot cross-lingual results")
 
 
 def _described(runs: list[dict]) -> str:
     settings, examples = runs[0]["settings"], runs[0]["examples"]
     text = (
         f"{settings['model']}, {examples['train']} English training examples, {examples['test']} test examples in "
-        f"{len(runs[0]['test'])} languages; {settings['epochs']} epochs, batch {settings['batch_size']}, "
-        f"lr {settings['lr']:g}."
+        f"{len(runs[0]['test'])} languages; {recipes.described(settings)}. Averages include English."
     )
     if runs[0]["metric"] == "accuracy":
         one, average = tables.sampling_error(runs)

@@ -10,14 +10,20 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
 import graddrop_fused
+from benchmarks import progress
 
-from . import figures, heads, models, tables, tasks, training
+from . import figures, heads, methods, models, tables, tasks, training
 from .methods import METHODS
+from .task import Task
 
+STUDY = """\
+This is one seed: it shows that the methods run and learn, not which is better. From seed to seed such differences move
+by some 2 points. docs/study/earlier (3 seeds) found no method above plain fine-tuning beyond chance, and losses where
+few elements train at a time; docs/study.md is the design of a study that could see smaller differences."""
 DEFAULT_METHODS = ("fine-tuning", "graddrop", "graddrop-epoch", "layer-graddrop")
 
 
@@ -47,15 +53,19 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    methods = arguments.methods.split(",")
-    unknown = [method for method in methods if method not in METHODS]
+    wanted = arguments.methods.split(",")
+    unknown = [method for method in wanted if method not in METHODS]
     if unknown:
         print(f"unknown method {', '.join(unknown)}: choose from {', '.join(METHODS)}", file=sys.stderr)
         return 2
     began, cpu_began = time.perf_counter(), time.process_time()
     print(f"graddrop_fused {graddrop_fused.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"model {arguments.model}, task {arguments.data}: trained on English alone")
-    task = tasks.load(arguments.data, arguments.xglue).limited(arguments.train, test=arguments.test)
+    try:
+        task = tasks.load(arguments.data, arguments.xglue).limited(arguments.train, test=arguments.test)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     task = replace(task, dev={})  # nothing is chosen here, so nothing is tried on dev
     settings = training.Settings(
         model=arguments.model,
@@ -68,26 +78,74 @@ def main(argv: list[str] | None = None) -> int:
     if task.head == "classification":
         guess = heads.majority([example for examples in task.test.values() for example in examples])
         print(f"{len(task.labels)} classes; always saying the most frequent one would score {guess:.1f}")
-    results = []
-    for method in tqdm(methods, desc="methods", unit="method"):
-        result = training.run(task, method, arguments.seed, settings)
-        tqdm.write(
-            f"{method}: {result['optimizer']}, {result['steps']} steps, {result['seconds']:.0f} s, "
-            f"average {result['test_average']:.1f}"
-        )
-        results.append(result)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    table = tables.markdown(tables.by_language(results))
-    (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (arguments.out / "table.md").write_text(table + "\n", encoding="utf-8")
-    figures.languages(results, arguments.out / "languages.png")
-    figures.masks(results, arguments.out / "masks.png")
-    print(f"\nTest {results[0]['metric']} by language, in per cent; {len(task.train)} English training examples, "
-          f"{max(map(len, task.test.values()))} test examples a language:\n\n{table}\n")  # fmt: skip
+    try:
+        methods.check(wanted, epochs=arguments.epochs, p=arguments.p)
+        results = _run(task, wanted, arguments.seed, settings)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing is saved", file=sys.stderr)
+        return 130
+    _report(task, results, arguments.out)
     print(f"{time.perf_counter() - began:.0f} s ({time.process_time() - cpu_began:.0f} s of CPU time)")
-    print("saved: " + ", ".join(str(arguments.out / name) for name in
-                                ("results.json", "table.md", "languages.png", "masks.png")))  # fmt: skip
     return 0
+
+
+def _run(task: Task, wanted: list[str], seed: int, settings: training.Settings) -> list[dict]:
+    results = []
+    with progress.bar(len(wanted), "methods", "method", leave=True) as bar:
+        for method in wanted:
+            result = training.run(task, method, seed, settings, training.Record(masks=True, labels=True))
+            bar.update()
+            progress.say(
+                f"{method}: {result['optimizer']}, {result['steps']} steps, {result['seconds']:.0f} s, "
+                f"average {result['test_average']:.1f}"
+            )
+            results.append(result)
+    return results
+
+
+def _report(task: Task, results: list[dict], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    table = tables.markdown(tables.by_language(results))
+    lines = gains(task, results)
+    for result in results:
+        del result["labels"]
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out / "table.md").write_text(table + "\n", encoding="utf-8")
+    figures.languages(results, out / "languages.png")
+    figures.masks(results, out / "masks.png")
+    print(f"\nTest {results[0]['metric']} by language, in per cent; {len(task.train)} English training examples, "
+          f"{max(map(len, task.test.values()))} test examples a language at most:\n\n{table}\n")  # fmt: skip
+    if lines:
+        print("Differences of the average, with the standard error that the choice of test sentences gives them:")
+        print("\n".join(lines))
+        print(STUDY)
+    print("saved: " + ", ".join(str(out / name) for name in ("results.json", "table.md", "languages.png", "masks.png")))
+
+
+def gains(task: Task, results: list[dict]) -> list[str]:
+    """A line per method: its difference from the first one's average, and its standard error over test sentences.
+
+    The error is that of a mean of paired differences, sentence by sentence, language by language. Only for classes.
+    """
+    if task.head != "classification":
+        return []
+    base, *others = [
+        {
+            language: np.array([task.labels.index(e.label) for e in task.test[language]]) == labels
+            for language, labels in result["labels"]["last"].items()
+        }
+        for result in results
+    ]
+    lines = []
+    for result, right in zip(results[1:], others, strict=True):
+        differences = [right[language].astype(float) - base[language] for language in right]
+        mean = 100 * np.mean([d.mean() for d in differences])
+        error = 100 * np.sqrt(np.sum([d.var(ddof=min(1, len(d) - 1)) / len(d) for d in differences])) / len(right)
+        lines.append(f"  {result['method']} - {results[0]['method']}: {mean:+.1f} +- {error:.1f}")
+    return lines
 
 
 if __name__ == "__main__":

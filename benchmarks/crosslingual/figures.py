@@ -9,6 +9,8 @@ matplotlib.use("Agg")  # no display needed
 from matplotlib import pyplot as plt  # noqa: E402  the backend must be chosen first
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
+from .training import average  # noqa: E402
+
 MARKERS = "osv^D<>pP*X"
 COLOURS = plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2]
 
@@ -25,18 +27,24 @@ def languages(results: list[dict], path: Path) -> None:
     axes.axvline(len(languages) - 1.5, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(languages)), languages)
     axes.set_ylabel(f"{results[0]['metric']}, %")
-    axes.set_title(f"{results[0]['task']}: trained on English, tested in each language")
+    axes.set_title(
+        f"{results[0]['task']}: trained on English, tested in each language, one seed; the average includes English",
+        fontsize="small",
+    )
     axes.legend(ncols=min(4, len(results)), fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08))
-    _save(figure, path)
+    save(figure, path)
 
 
 def masks(results: list[dict], path: Path) -> bool:
     """The masks over epochs, after the paper's figure 1: a row per method, a panel per epoch.
 
     In a panel each row is a layer, the last at the top, and its cells are the first elements of one of its weights:
-    dark is trained, light is dropped in the epoch's first step. The number is the share that is trained.
-    Returns True.
+    dark is trained, light is dropped in the epoch's first step, grey is no element. The number is the share of all of
+    the model's elements that are trained. Returns False, and draws nothing, if no run recorded its masks.
     """
+    results = [result for result in results if result["masks"]]
+    if not results:
+        return False
     epochs = max(len(result["masks"]) for result in results)
     figure, grid = plt.subplots(
         len(results),
@@ -45,27 +53,44 @@ def masks(results: list[dict], path: Path) -> bool:
         squeeze=False,
         layout="constrained",
     )
+    colours = plt.get_cmap("Blues").with_extremes(bad="lightgrey")
     for row, result in zip(grid, results, strict=True):
         for axes, record in zip(row, result["masks"], strict=False):
-            layers = record["layers"]
-            width = max(len(layer["elements"]) for layer in layers.values())
-            cells = [[int(bit) for bit in layer["elements"].ljust(width, "1")] for layer in layers.values()]
+            cells = mask_cells(record["layers"])
             axes.imshow(
-                cells, cmap="Blues", vmin=-0.15, vmax=1.2, aspect="auto", origin="lower", interpolation="nearest"
+                cells, cmap=colours, vmin=-0.15, vmax=1.2, aspect="auto", origin="lower", interpolation="nearest"
             )
             for edge in np.arange(len(cells) - 1) + 0.5:
                 axes.axhline(edge, color="white", linewidth=0.6)
-            kept = np.mean([layer["kept"] for layer in layers.values()])
-            axes.set_title(f"epoch {record['epoch'] + 1}: {100 * kept:.0f} % trained", fontsize="x-small")
+            share = 100 * trained_share(record["layers"])
+            axes.set_title(f"epoch {record['epoch'] + 1}: {share:.0f} % trained", fontsize="x-small")
         for axes in row:
             axes.set_xticks([])
             axes.set_yticks([])
         for axes in row[len(result["masks"]) :]:
             axes.set_axis_off()
         row[0].set_ylabel(result["method"], fontsize="x-small")
-    figure.suptitle("Masks at the start of each epoch: layers from embeddings (bottom) to head (top)", fontsize="small")
-    _save(figure, path)
+    figure.suptitle(
+        "Masks at the start of each epoch: layers from embeddings (bottom) to head (top), the first elements of each; "
+        "the share is of all elements of the model",
+        fontsize="small",
+    )
+    save(figure, path)
     return True
+
+
+def mask_cells(layers: dict[str, dict]) -> np.ndarray:
+    """A row per layer of 1 (trained), 0 (dropped) and nan (the layer's weight has no such element)."""
+    width = max(len(layer["elements"]) for layer in layers.values())
+    cells = np.full((len(layers), width), np.nan)
+    for row, layer in zip(cells, layers.values(), strict=True):
+        row[: len(layer["elements"])] = [int(bit) for bit in layer["elements"]]
+    return cells
+
+
+def trained_share(layers: dict[str, dict]) -> float:
+    """The share of all elements that are trained."""
+    return sum(layer["trained"] for layer in layers.values()) / sum(layer["numel"] for layer in layers.values())
 
 
 def curves(results: list[dict], path: Path) -> bool:
@@ -73,22 +98,27 @@ def curves(results: list[dict], path: Path) -> bool:
 
     Returns False, and draws nothing, if no run was tested after its epochs.
     """
-    results = [result for result in results if any(len(point) > 2 for point in result["curve"])]
+    results = [result for result in results if any("test" in point for point in result["curve"])]
     if not results:
         return False
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for i, (method, runs) in enumerate(_by_method(results).items()):
-        epochs = sorted({round(point["epoch"]) for run in runs for point in run["curve"]})
-        means = [np.mean([_average(point) for run in runs for point in run["curve"] if round(point["epoch"]) == epoch])
+        epochs = sorted({point["epoch"] for run in runs for point in run["curve"]})
+        means = [np.mean([average(point["test"]) for run in runs for point in run["curve"] if point["epoch"] == epoch])
                  for epoch in epochs]  # fmt: skip
         axes.plot(epochs, means, marker=MARKERS[i % len(MARKERS)], label=method, color=COLOURS[i % len(COLOURS)])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
-    axes.set_ylabel(f"test {results[0]['metric']}, mean over languages, %")
+    axes.set_ylabel(f"test {results[0]['metric']}, %")
     seeds = sorted({result["seed"] for result in results})
-    axes.set_title(f"{results[0]['task']}: zero-shot score over epochs, seed {', '.join(map(str, seeds))}")
+    languages = len(results[0]["test"])
+    axes.set_title(
+        f"{results[0]['task']}: test score over epochs, mean of {languages} languages (English included), seed "
+        f"{', '.join(map(str, seeds))} alone",
+        fontsize="small",
+    )
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
@@ -127,9 +157,12 @@ def gains(results: list[dict], path: Path, baseline: str) -> bool:
     axes.set_ylim(-limit, limit)
     figure.supylabel(f"gain over {baseline}, points of {results[0]['metric']}", fontsize="small")
     figure.suptitle(
-        f"{results[0]['task']}: gain by language (dashed: mean; long bars leave the axes)", fontsize="small"
+        f"{results[0]['task']}: gain by language, mean over {len(base)} seeds; error bars: one standard deviation "
+        f"between seeds, no interval of the mean; dashed and in titles: mean of {len(tested)} languages, English "
+        "included; long bars leave the axes",
+        fontsize="small",
     )
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
@@ -140,11 +173,7 @@ def _by_method(results: list[dict]) -> dict[str, list[dict]]:
     return methods
 
 
-def _average(point: dict) -> float:
-    return float(np.mean([score for name, score in point.items() if name not in ("epoch", "dev")]))
-
-
-def _save(figure, path: Path) -> None:
+def save(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -1,7 +1,7 @@
 """Results as JSON lines, one per run, so that an interrupted study goes on where it stopped."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +14,11 @@ def key(task: str, method: str, seed: int) -> tuple[str, str, int]:
     return task, method, seed
 
 
-def read(path: Path) -> dict[tuple, dict]:
+def _key_of(result: dict) -> tuple:
+    return key(result["task"], result["method"], result["seed"])
+
+
+def read(path: Path, key_of: Callable[[dict], tuple] = _key_of) -> dict[tuple, dict]:
     """Key -> result. A last line that an interruption cut short is left out.
 
     Raises:
@@ -27,7 +31,7 @@ def read(path: Path) -> dict[tuple, dict]:
             continue
         try:
             result = json.loads(line)
-            found[key(result["task"], result["method"], result["seed"])] = result
+            found[key_of(result)] = result
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number == len(lines):  # no newline behind it
                 continue
@@ -49,7 +53,6 @@ def append(path: Path, result: dict) -> None:
 def check_comparable(results: Iterable[dict], task: Task, settings: Settings, path: Path) -> None:
     """Raises ValueError if ``path`` holds runs with other settings or examples than those to come."""
     wanted = json.loads(json.dumps(asdict(settings) | {"examples": task.counts()}))
-    del wanted["curves"]  # changes no score
     for result in results:
         given = {name: value for name, value in result["settings"].items() if name in wanted}
         given["examples"] = result["examples"]

@@ -8,23 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import ttest_rel
 
-from . import xglue
+from . import paper, xglue
 from .methods import METHODS
 
 Rows = list[list[str]]  # the first is the header
 BASELINE = "fine-tuning"
-
-# The paper's averages with XLM-R Large, in per cent: XNLI over its 15 languages, and XGLUE's understanding score
-PAPER = {
-    "fine-tuning": (79.25, 77.45),
-    "gradfreeze-top-down": (79.23, 77.02),
-    "gradfreeze-bottom-up": (78.07, 74.40),
-    "graddrop": (79.97, 78.17),
-    "anneal-graddrop": (79.58, 77.98),
-    "anneal-layer-graddrop": (79.94, 78.52),
-    "layer-graddrop": (79.22, 78.77),
-    "graddrop-epoch": (79.94, 78.64),
-}
 
 
 def by_language(results: list[dict]) -> Rows:
@@ -54,14 +42,14 @@ def by_method(results: list[dict]) -> Rows:
 
 
 def understanding(results: dict[str, list[dict]]) -> Rows:
-    """The paper's table: a row per method, a column per XGLUE task, their mean, and the paper's figures.
+    """The paper's table 2: a row per method, a column per XGLUE task, and their mean.
 
     A seed counts for the mean only if it ran on all of the tasks.
     """
     tasks = [name for name in xglue.TASKS if name in results]
     complete = len(tasks) == len(xglue.TASKS)
     score = "understanding score" if complete else f"mean of {len(tasks)}"
-    rows = [["method", *tasks, score, "std", *_GAIN, "paper: XNLI", "paper: understanding"]]
+    rows = [["method", *tasks, score, "std", *_GAIN]]
     base = _means_over_tasks([results[task] for task in tasks], BASELINE)
     present = {run["method"] for runs in results.values() for run in runs}
     for method in (name for name in METHODS if name in present):
@@ -70,12 +58,44 @@ def understanding(results: dict[str, list[dict]]) -> Rows:
             values = [_average(run) for run in results[task] if run["method"] == method]
             cells.append(_number(np.mean(values) if values else None))
         means = _means_over_tasks([results[task] for task in tasks], method)
-        paper = [f"{value:.2f}" for value in PAPER[method]] if method in PAPER else ["", ""]
         mean = np.mean(list(means.values())) if means else None
         rows.append([
-            method, *cells, _number(mean), _number(_std(means.values())), *_gain_cells(method, means, base), *paper,
+            method, *cells, _number(mean), _number(_std(means.values())), *_gain_cells(method, means, base),
         ])  # fmt: skip
     return rows
+
+
+def beside_paper(names: list[str], theirs: dict[str, list[float]], ours: dict[str, dict[str, float]]) -> Rows:
+    """Two rows per method of the paper, its own figures and ours.
+
+    ``names``: columns of ``theirs``, whose last number is the printed average. ``ours``: method -> column -> score.
+    The mean of a row is computed; ours is left out where a column is missing.
+    """
+    rows = [["method", "whose", *names, "mean", "printed"]]
+    for method, (*scores, printed) in theirs.items():
+        rows.append([method, "paper", *(f"{s:.2f}" for s in scores), f"{np.mean(scores):.2f}", f"{printed:.2f}"])
+        found = ours.get(method, {})
+        if found:
+            complete = all(name in found for name in names)
+            mean = _number(np.mean([found[name] for name in names])) if complete else ""
+            rows.append(["", "ours", *(_number(found.get(name)) for name in names), mean, ""])
+    return rows
+
+
+def paper_tables(results: dict[str, list[dict]]) -> dict[str, Rows]:
+    """The paper's table 1 (XNLI by language) and table 2 (XGLUE by task) with ours, which are means over seeds."""
+    xnli = {
+        method: {language: float(np.mean([run["test"][language] for run in runs])) for language in runs[0]["test"]}
+        for method, runs in _methods(results.get("xnli", []))
+    }
+    by_task: dict[str, dict[str, float]] = {}
+    for task in paper.XGLUE_TASKS:
+        for method, runs in _methods(results.get(task, [])):
+            by_task.setdefault(method, {})[task] = float(np.mean([_average(run) for run in runs]))
+    return {
+        "paper-xnli": beside_paper(paper.XNLI_LANGUAGES, paper.XNLI, xnli),
+        "paper-xglue": beside_paper(paper.XGLUE_TASKS, paper.XGLUE, by_task),
+    }
 
 
 def scores(results: Iterable[dict]) -> Rows:

@@ -1,11 +1,15 @@
 """What a cross-lingual task is: English training text, dev and test text by language, and a head."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text or a pair of texts with a class. ``group`` names the query in a ranking task."""
+    """A text or a pair of texts with a class.
+
+    ``group`` is the query in a ranking task: consecutive examples with the same one belong together.
+    """
 
     text: str
     label: str
@@ -58,7 +62,7 @@ class Task:
     @property
     def languages(self) -> list[str]:
         """English first, then by name."""
-        return sorted(self.test, key=lambda language: (language != LANGUAGE, language))
+        return sorted(self.test or self.dev, key=lambda language: (language != LANGUAGE, language))
 
     def texts(self) -> list[str]:
         """Every string of the task."""
@@ -76,18 +80,34 @@ class Task:
     def limited(self, train: int | None = None, dev: int | None = None, test: int | None = None) -> "Task":
         """The same task with at most ``train`` training examples, and ``dev`` and ``test`` examples a language.
 
-        They are taken at even distances, so that a sorted file keeps its classes.
+        They are taken at even distances, so that a sorted file keeps its classes. A query is taken whole or not at
+        all, since a part of it has another score; a limit below the first query's length still takes that one.
         """
+
+        for name, count in (("train", train), ("dev", dev), ("test", test)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
 
         def part(by_language, count):
             return {language: _spread(examples, count) for language, examples in by_language.items()}
 
-        return Task(
-            self.name, self.head, self.labels, _spread(self.train, train), part(self.dev, dev), part(self.test, test)
-        )
+        return replace(self, train=_spread(self.train, train), dev=part(self.dev, dev), test=part(self.test, test))
 
 
 def _spread(examples: list[Example], count: int | None) -> list[Example]:
     if count is None or len(examples) <= count:
         return examples
-    return [examples[i * len(examples) // count] for i in range(count)]
+    units = [list(unit) for _, unit in groupby(enumerate(examples), key=_unit)]
+    kept = []
+    for wanted in range(len(units) * count // len(examples) + 1, 0, -1):
+        kept = [example for i in range(wanted) for _, example in units[i * len(units) // wanted]]
+        if len(kept) <= count:
+            break
+    return kept
+
+
+def _unit(numbered: tuple[int, Example]) -> str | int:
+    """What an example must not be torn from: its query, else itself."""
+    number, example = numbered
+    query = getattr(example, "group", None)
+    return number if query is None else query

@@ -1,6 +1,5 @@
 """One run: one task, one method, one seed. Trains on English, then scores every language."""
 
-import math
 import platform
 import re
 import tempfile
@@ -13,20 +12,18 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
-from tqdm import tqdm
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import graddrop_fused
 from graddrop_fused import dispatch
-from graddrop_fused.skip import skip_dropped_layers
+from graddrop_fused.trainer import GradDropCallback
 
 from . import models
+from .callbacks import MaskRecord, PredictionProgress, TrainingProgress, Unfreezing
 from .heads import HEADS
-from .methods import METHODS, Schedule, count_layers
-from .task import LANGUAGE, Task
-
-MASK_ELEMENTS = 64  # of each layer, recorded for the picture of masks
+from .methods import METHODS, Method, Schedule, count_layers, layers_per_epoch
+from .task import Example, Task
 
 
 @dataclass(frozen=True)
@@ -35,83 +32,78 @@ class Settings:
 
     model: str = models.EMBEDDED
     epochs: int = 4
-    batch_size: int = 16
+    batch_size: int = 16  # examples of a forward pass, on all devices together
     accumulation: int = 1
     eval_batch_size: int = 64
+    optimizer: str = "adamw"  # a key of methods.OPTIMIZERS
     lr: float = 1e-4
+    decay: str = "linear"  # of the learning rate, or "constant"
     weight_decay: float = 0.01
     warmup: float = 0.1  # share of the steps
+    clip: float = 0.0  # norm of all gradients, before masks; 0: not clipped, and dropped layers are skipped
     max_length: int = 128
-    p: float | None = None
+    p: float | None = None  # None: the method's own
+    effect: str | None = None  # None: the method's own
     targets: str = "all"
+    mask_head: bool = False
     backend: str = "auto"
-    patience: int | None = None  # epochs without a better English dev score before stopping; None: train them all
-    curves: bool = False  # score every language's test set after each epoch, too; the run itself is the same
+    autocast: bool = False  # forward and backward in bfloat16
+    choose: str = "last"  # whose model is scored: the "last" epoch's, or the "best" by the dev average over languages
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run keeps beside its scores. It changes none of them."""
+
+    curves: bool = False  # test scores of every epoch
+    last: bool = False  # test scores of the last epoch, beside the best one's
+    labels: bool = False  # predicted class of every test example
+    masks: bool = False  # what was trained in each epoch
+    progress: bool = True
 
 
 def run(
-    task: Task,
-    method_name: str,
-    seed: int,
-    settings: Settings,
-    *,
-    checkpoints: Path | None = None,
-    progress: bool = True,
+    task: Task, method_name: str, seed: int, settings: Settings, record: Record, *, checkpoints: Path | None = None
 ) -> dict:
     """Train and score.
 
     Args:
         checkpoints: a folder for this run alone, where it saves after every epoch and from where it goes on if it
-            was interrupted. Needed for ``patience``. None: nothing is saved.
+            was interrupted. None: nothing is kept.
 
     Returns:
-        A result that json can write: ``dev`` and ``test`` are scores by language, ``test_average`` their unweighted
-        mean, ``curve`` scores by epoch, ``masks`` what was active in each epoch, ``seconds`` and ``cpu_seconds``.
+        A result that json can write, but for ``labels``. ``dev`` and ``test`` are scores by language of the chosen
+        epoch, ``test_average`` their unweighted mean, ``curve`` scores by epoch, ``labels`` {"best" or "last":
+        {language: classes}}.
+
+    Raises:
+        ValueError: if the model cannot be had, or the settings do not fit it or the devices.
     """
-    if settings.patience is not None and checkpoints is None:
-        raise ValueError("patience needs a checkpoints folder: the best epoch's model is kept there")
     began, cpu_began = time.perf_counter(), time.process_time()
     method = METHODS[method_name]
     set_seed(seed)  # the new head: the same for all methods
     head_class = HEADS[task.head]
     model, tokenizer = models.load(settings.model, task, head_class.auto_model)
+    models.check_length(model, tokenizer, settings.max_length)
     head = head_class(tokenizer, task.labels, settings.max_length)
     train = head.features(task.train, training=True)
-    schedule = Schedule(settings.epochs, _steps_per_epoch(len(train), settings), count_layers(model))
     with ExitStack() as stack:
-        folder = checkpoints or stack.enter_context(tempfile.TemporaryDirectory())  # the Trainer makes its folder
-        arguments = _arguments(settings, seed, folder, saves=checkpoints is not None)
+        folder = Path(checkpoints or stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        arguments = _arguments(settings, record, seed, folder, saves=checkpoints is not None)
         model.to(arguments.device)
-        optimizer = method.optimizer(
-            model,
-            schedule,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            seed=seed,
-            p=settings.p,
-            targets=settings.targets,
-            backend=settings.backend,
-            fisher=_fisher(model, head, train, settings) if method.fisher else None,
-        )
-        if method.by_layer:
-            stack.enter_context(skip_dropped_layers(model, optimizer))
+        schedule = Schedule(settings.epochs, count_layers(model))
+        optimizer = _optimizer(method, model, schedule, settings, seed, head, train)
         trainer = _CrossLingualTrainer(
-            task,
-            head,
-            settings,
-            arguments=arguments,
-            label=method_name if progress else None,
-            model=model,
-            train_dataset=train,
-            optimizers=(optimizer, None),
+            task, head, settings, record,
+            args=arguments, label=method_name, model=model, train_dataset=train, optimizers=(optimizer, None),
             data_collator=head.collator(tokenizer),
-        )
-        last = get_last_checkpoint(folder) if Path(folder).exists() else None
+            callbacks=_callbacks(method, optimizer, schedule, settings, record, arguments),
+        )  # fmt: skip
+        last = get_last_checkpoint(folder)
         trainer.train(resume_from_checkpoint=last)
-    train_seconds = time.perf_counter() - began
-    dev = trainer.scores({language: task.dev[language] for language in task.languages if task.dev}, "dev")
-    test = trainer.scores({language: task.test[language] for language in task.languages}, "test")
-    history = trainer.state.log_history
+        train_seconds = time.perf_counter() - began
+        scored = trainer.final_scores()
     return {
         "task": task.name,
         "method": method_name,
@@ -119,13 +111,8 @@ def run(
         "settings": asdict(settings),
         "examples": task.counts(),
         "metric": head.metric,
-        "dev": dev,
-        "test": test,
-        "test_average": float(np.mean(list(test.values()))),
-        "curve": [entry["scores"] | {"epoch": entry["epoch"]} for entry in history if "scores" in entry],
-        "masks": [entry["masks"] for entry in history if "masks" in entry],
-        "steps": trainer.state.global_step,
-        "epochs": math.ceil(trainer.state.epoch),
+        **scored,
+        **trainer.history(),
         "optimizer": describe(optimizer),
         "parameters": sum(p.numel() for p in model.parameters()),
         "machine": machine(model.device),
@@ -136,9 +123,9 @@ def run(
     }
 
 
-def _steps_per_epoch(examples: int, settings: Settings) -> int:
-    batches = math.ceil(examples / settings.batch_size)
-    return max(1, math.ceil(batches / settings.accumulation))
+def average(by_language: dict[str, float]) -> float:
+    """A task's score: the unweighted mean over its languages, English included. nan without any."""
+    return float(np.mean(list(by_language.values()))) if by_language else float("nan")
 
 
 def machine(device: torch.device) -> str:
@@ -149,8 +136,9 @@ def machine(device: torch.device) -> str:
     elif Path("/proc/cpuinfo").exists():
         models_named = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         name = models_named[0].strip() if models_named else name
+    threads = torch.get_num_threads()
     versions = f"torch {torch.__version__}, graddrop_fused {graddrop_fused.__version__}"
-    return f"{name}, {torch.get_num_threads()} threads, {versions}"
+    return f"{name}, {threads} thread{'s' * (threads > 1)}, {versions}"
 
 
 def describe(optimizer: torch.optim.Optimizer) -> str:
@@ -163,18 +151,53 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
     return f"{name} ({module.__name__.rpartition('.')[2]} backend)"
 
 
-def _arguments(settings: Settings, seed: int, folder: Path | str, saves: bool) -> TrainingArguments:
-    stops = settings.patience is not None
-    return TrainingArguments(
+def _optimizer(method: Method, model, schedule, settings: Settings, seed: int, head, train) -> torch.optim.Optimizer:
+    return method.optimizer(
+        model,
+        schedule,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        seed=seed,
+        p=settings.p,
+        effect=settings.effect,
+        targets=settings.targets,
+        mask_head=settings.mask_head,
+        backend=settings.backend,
+        kind=settings.optimizer,
+        fisher=_fisher(model, head, train, settings) if method.fisher else None,
+    )
+
+
+def _callbacks(method: Method, optimizer, schedule: Schedule, settings: Settings, record: Record, arguments) -> list:
+    """In the order in which they see an epoch begin: what sets masks, before what records them."""
+    callbacks = []
+    if method.masks:
+        # Clipping would see fewer gradients, and the replicas of several devices share no hooks
+        skips = method.by_layer and not settings.clip and arguments.n_gpu <= 1
+        callbacks.append(GradDropCallback(skip_dropped_layers=skips))
+    if method.unfreezes:
+        per_epoch = layers_per_epoch(schedule)
+        callbacks.append(Unfreezing(optimizer, method.unfreezes, per_epoch, settings.mask_head))
+    if record.masks:
+        callbacks.append(MaskRecord(optimizer))
+    if record.progress:
+        callbacks.append(TrainingProgress(method.name))
+    return callbacks
+
+
+def _arguments(settings: Settings, record: Record, seed: int, folder: Path, saves: bool) -> TrainingArguments:
+    evaluates = settings.choose == "best" or record.curves
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.eval_batch_size,
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.lr,
-        max_grad_norm=0.0,  # clipping would see the gradients of dropped layers, or, when they are skipped, not
+        max_grad_norm=settings.clip,
         warmup_steps=settings.warmup,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=settings.decay,
+        bf16=settings.autocast,
+        use_cpu=settings.autocast and not torch.cuda.is_available(),  # without a GPU bf16 asks for it
         train_sampling_strategy="group_by_length",  # short text padded to long text is most of the time
         seed=seed,
         logging_strategy="no",
@@ -182,52 +205,96 @@ def _arguments(settings: Settings, seed: int, folder: Path | str, saves: bool) -
         disable_tqdm=True,  # bars of our own say what they count
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        eval_strategy="epoch" if stops or settings.curves else "no",
+        eval_strategy="epoch" if evaluates else "no",
         save_strategy="epoch" if saves else "no",
         save_total_limit=1,
-        load_best_model_at_end=stops,
-        metric_for_best_model="eval_dev" if stops else None,
-        greater_is_better=True if stops else None,
-        restore_callback_states_from_checkpoint=stops,  # how long English dev has not risen
     )
+    devices = max(1, arguments.n_gpu) * arguments.world_size
+    if settings.batch_size % devices:
+        raise ValueError(
+            f"batch_size must be a multiple of the {devices} devices that share a batch, got {settings.batch_size}"
+        )
+    arguments.per_device_train_batch_size = settings.batch_size // devices
+    return arguments
 
 
 class _CrossLingualTrainer(Trainer):
-    """transformers' Trainer; what it evaluates is the English dev score and, if wanted, all languages' test scores."""
+    """transformers' Trainer, which evaluates the dev sets of all languages and, if wanted, their test sets.
 
-    def __init__(
-        self, task: Task, head, settings: Settings, *, arguments: TrainingArguments, label: str | None, **kwargs
-    ):
-        self.task, self.head, self.settings, self.label = task, head, settings, label
-        super().__init__(args=arguments, eval_dataset=[], **kwargs)
+    The weights of the epoch with the best dev average are in ``best.pt`` of its folder. Which epoch that is follows
+    from its history, so that an interruption changes nothing.
+    """
+
+    def __init__(self, task: Task, head, settings: Settings, record: Record, *, label: str, **kwargs):
+        self.task, self.head, self.settings, self.record, self.label = task, head, settings, record, label
+        super().__init__(eval_dataset=[], **kwargs)
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Masks(self.optimizer))
-        if label:
-            self.add_callback(_Progress(label))
-        if settings.patience is not None:
-            self.add_callback(EarlyStoppingCallback(settings.patience))
 
     def _get_eval_sampler(self, eval_dataset):
         return SequentialSampler(eval_dataset)  # the Trainer would group by length here, too, and shuffle
 
+    @property
+    def _best(self) -> Path:
+        return Path(self.args.output_dir) / "best.pt"
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        dev = self.scores({LANGUAGE: self.task.dev[LANGUAGE]}, None)[LANGUAGE]
-        metrics = {"eval_dev": dev}
-        record = {"dev": dev}
-        if self.settings.curves:
-            record |= self.scores(self.task.test, None)
-        self.state.log_history.append({"epoch": self.state.epoch, "step": self.state.global_step, "scores": record})
+        dev, _ = self._score(self.task.dev, "dev")
+        scores = {"epoch": round(self.state.epoch), "dev": dev}
+        if self.record.curves:
+            scores["test"], _ = self._score(self.task.test, "test")
+        if self.settings.choose == "best":
+            before = [average(scores["dev"]) for scores in self.history()["curve"]]
+            if not before or average(dev) > max(before):
+                torch.save(self.model.state_dict(), self._best)
+        self.state.log_history.append({"scores": scores})
+        metrics = {"eval_dev": average(dev)}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def scores(self, by_language: dict[str, list], name: str | None) -> dict[str, float]:
-        """Language -> score. All languages go through the model together, sorted by length to pad little."""
+    def history(self) -> dict:
+        """curve, masks, steps and epochs, as far as the run went."""
+        entries = self.state.log_history
+        return {
+            "curve": [entry["scores"] for entry in entries if "scores" in entry],
+            "masks": [entry["masks"] for entry in entries if "masks" in entry],
+            "steps": self.state.global_step,
+            "epochs": round(self.state.epoch),
+        }
+
+    def final_scores(self) -> dict:
+        """dev, test, test_average and chosen_epoch; last and labels, if they are to be recorded."""
+        labels, found = {}, {}
+        if self.settings.choose == "last" or self.record.last:
+            found["last"], labels["last"] = self._score(self.task.test, "test")
+        epoch = self.settings.epochs
+        if self.settings.choose == "best":
+            epoch = max(self.history()["curve"], key=lambda scores: (average(scores["dev"]), -scores["epoch"]))["epoch"]
+            if epoch == self.settings.epochs and "last" in found:
+                found["best"], labels["best"] = found["last"], labels["last"]
+            else:
+                self.model.load_state_dict(torch.load(self._best, weights_only=True))
+                found["best"], labels["best"] = self._score(self.task.test, "test")
+        dev, _ = self._score(self.task.dev, "dev")
+        test = found[self.settings.choose]
+        result = {"dev": dev, "test": test, "test_average": average(test), "chosen_epoch": epoch}
+        if self.record.last:
+            result["last"] = found["last"]
+        if self.record.labels:
+            result["labels"] = labels
+        return result
+
+    def _score(
+        self, by_language: dict[str, list[Example]], name: str
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Language -> score, and language -> outputs' classes. Languages go through the model together, sorted by
+        length to pad little."""
         if not by_language:
-            return {}
-        parts = {language: self.head.features(examples, training=False) for language, examples in by_language.items()}
+            return {}, {}
+        languages = [language for language in self.task.languages if language in by_language]
+        parts = {lang: self.head.features(by_language[lang], training=False, language=lang) for lang in languages}
         features = [feature for part in parts.values() for feature in part]
         order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
-        bar = _PredictionProgress(f"{self.label}: {name}") if self.label and name else None
+        bar = PredictionProgress(f"{self.label}: {name}") if self.record.progress else None
         if bar:
             self.add_callback(bar)
         with torch.random.fork_rng():  # a data loader draws a seed, which would change the dropout to come
@@ -237,72 +304,14 @@ class _CrossLingualTrainer(Trainer):
         back = np.argsort(order)
         several = isinstance(outputs, tuple)
         outputs = tuple(output[back] for output in (outputs if several else (outputs,)))
-        scores, at = {}, 0
+        scores, classes, at = {}, {}, 0
         for language, part in parts.items():
             mine = tuple(output[at : at + len(part)] for output in outputs)
             at += len(part)
-            scores[language] = self.head.score(by_language[language], part, mine if several else mine[0], language)
-        return {language: round(score, 3) for language, score in scores.items()}
-
-
-class _Masks(TrainerCallback):
-    """At the beginning of each epoch: which share of each layer the next step keeps, and some elements' masks."""
-
-    def __init__(self, optimizer):
-        self.optimizer = getattr(optimizer, "optimizer", optimizer)
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if state.log_history and any(
-            e.get("masks", {}).get("epoch") == int(state.epoch or 0) for e in state.log_history
-        ):
-            return  # resumed: this epoch is recorded
-        layers = {}
-        for group in self.optimizer.param_groups:
-            matrices = [p for p in group["params"] if p.dim() == 2]
-            if matrices and group.get("drop") is not None or group["layer"] not in layers:
-                layers[group["layer"]] = self._of(matrices[0] if matrices else group["params"][0], group)
-        state.log_history.append({"masks": {"epoch": int(state.epoch or 0), "layers": layers}})
-
-    def _of(self, param: torch.Tensor, group: dict) -> dict:
-        if group.get("drop") is None:
-            return {"kept": 1.0, "elements": "1" * min(MASK_ELEMENTS, param.numel())}
-        mask = self.optimizer.keep_mask(param)
-        elements = mask.flatten()[:MASK_ELEMENTS].int().tolist()
-        return {"kept": round(mask.float().mean().item(), 4), "elements": "".join(map(str, elements))}
-
-
-class _Progress(TrainerCallback):
-    """A bar over the training steps."""
-
-    def __init__(self, label: str):
-        self.label = label
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=f"{self.label}: train", unit="step", leave=False
-        )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
-
-class _PredictionProgress(TrainerCallback):
-    """A bar over the batches of one prediction."""
-
-    def __init__(self, name: str):
-        self.name, self.bar = name, None
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if self.bar is None:
-            self.bar = tqdm(total=len(eval_dataloader), desc=f"{self.name}, all languages", unit="batch", leave=False)
-        self.bar.update()
-
-    def on_predict(self, args, state, control, metrics, **kwargs):
-        if self.bar is not None:
-            self.bar.close()
+            score = self.head.score(by_language[language], part, mine if several else mine[0], language)
+            scores[language] = round(score, 3)
+            classes[language] = mine[0].argmax(-1)
+        return scores, classes
 
 
 def _fisher(model: nn.Module, head, features: list[dict], settings: Settings) -> dict[str, torch.Tensor]:

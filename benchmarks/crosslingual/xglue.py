@@ -142,7 +142,7 @@ def _read_tags(path: Path, source: Source) -> list[TaggedWords]:
 
 
 def _read_squad(path: Path, source: Source) -> list[Question]:
-    """SQuAD 1.1's JSON. An answer must stand in its context at its place."""
+    """SQuAD 1.1's JSON. An answer must stand in its context at its place; blanks at its ends are no part of it."""
     text = "\n".join(line for _, line in _lines(path))
     try:
         data = json.loads(text)
@@ -163,12 +163,18 @@ def _read_squad(path: Path, source: Source) -> list[Question]:
                             )
                     if not answers:
                         raise ValueError(f"{path}:{_line_of(text, qa['id'])}: question {qa['id']} has no answer")
-                    examples.append(Question(qa["id"], qa["question"], context, answers))
+                    examples.append(Question(qa["id"], qa["question"], context, tuple(map(_stripped, answers))))
     except (KeyError, TypeError) as error:
         last = _line_of(text, examples[-1].id) if examples else 1
         raise ValueError(f"{path}:{last}: no SQuAD format: {error!r} missing or wrong after question "
                          f"{len(examples)}") from None  # fmt: skip
     return _not_empty(examples, path)
+
+
+def _stripped(answer: tuple[str, int]) -> tuple[str, int]:
+    """No token covers a blank, so an answer with one would look as if its context lacked it."""
+    text, start = answer
+    return text.strip(), start + len(text) - len(text.lstrip())
 
 
 def _line_of(text: str, identifier: str) -> int:

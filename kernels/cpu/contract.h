@@ -6,9 +6,12 @@
 
 namespace graddrop {
 
-constexpr int64_t CONTRACT_VERSION = 1;
+constexpr int64_t CONTRACT_VERSION = 2;
+constexpr int64_t MASK_STREAM_VERSION = 2;  // of docs/mask-stream.md: the bits that philox.h and draw.h give
 constexpr int MAX_DIMS = 6;
-constexpr int TILE = 128;  // elements decided by 32 consecutive Philox counters
+constexpr int MAX_STATES = 3;
+constexpr int MAX_FACTORS = 6;
+constexpr int TILE = 128;  // elements decided by 16 consecutive Philox counters
 
 enum class Mask : int64_t { KEEP, DROP, ELEMENT, BLOCK, LAYER, PACKED, GAUSSIAN };
 enum class Effect : int64_t { GRADIENT, FREEZE, UPDATE };
@@ -17,28 +20,37 @@ enum class Dtype : int64_t { FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };
 struct Integers {
   Mask mask;
   Effect effect;
-  int64_t draw, stream, lo, span, block;
+  int64_t draw, stream_id, lo, span, block;
 };
 
 struct Reals {
-  double sign, rescale, noise_std, decay, step_size, beta1, beta2, eps, bias_correction2_sqrt;
+  double grad_factor, noise_std, factor[MAX_FACTORS];
 };
 
 struct Layout {
-  int64_t param, grad, m, v, vmax, packed;  // addresses; 0: absent
+  int64_t param, grad, state[MAX_STATES], packed;  // addresses; 0: absent
   int64_t numel, offset, ndim;
   int64_t size[MAX_DIMS], param_stride[MAX_DIMS], grad_stride[MAX_DIMS], global_stride[MAX_DIMS];
 };
 
-// One call: every tensor of one combination of dtypes.
+struct Dtypes {
+  Dtype param, grad, state;
+};
+
+// One call: every tensor of one combination of dtypes, and the rule that updates them.
 struct Call {
   const Layout* layout;
   const Integers* integers;
   const Reals* reals;
   int64_t tensors;
-  Dtype param, grad, state;
+  int64_t rule;    // its place in rules.h's list
+  int64_t states;  // that it keeps
+  Dtypes dtypes;
   uint64_t seed;
   double inv_grad_scale;
 };
+
+// Arithmetic is float32, and float64 for float64 parameters.
+inline Dtype arithmetic(Dtype param) { return param == Dtype::FLOAT64 ? Dtype::FLOAT64 : Dtype::FLOAT32; }
 
 }  // namespace graddrop

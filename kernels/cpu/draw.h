@@ -1,4 +1,4 @@
-// Mask words of one tile: 32 consecutive counters, four output words each, drawn on vectors.
+// The decisions of one tile, drawn on vectors: 16 consecutive counters, each of whose four words decides two elements.
 #pragma once
 
 #include <utility>
@@ -14,45 +14,63 @@
 namespace graddrop {
 namespace {
 
-// Draws a tile in batches of COUNTERS counters, and a batch in PIECES, so that a caller can put other work between
-// them: a round waits for its multiplications, an update for its square root and division.
+constexpr int COUNTERS_PER_TILE = 16;
+constexpr int ELEMENTS_PER_COUNTER = TILE / COUNTERS_PER_TILE;
+
+// A tile's decisions as four mask words: bit l of word j is element 32 j + l.
+struct WordDecisions {
+  uint32_t word[4];
+
+  GRADDROP_INLINE void read(const uint32_t from[4]) {
+    for (int j = 0; j < 4; ++j) word[j] = from[j];
+  }
+  GRADDROP_INLINE void write(uint32_t to[4]) const {
+    for (int j = 0; j < 4; ++j) to[j] = word[j];
+  }
+  GRADDROP_INLINE bool bit(int i) const { return word[i / 32] >> (i % 32) & 1u; }
+
+  // Two elements for each of the counters `first` and on, of word j.
+  GRADDROP_INLINE void put(int j, int first, uint32_t bits) { word[j] = first == 0 ? bits : word[j] | bits << (2 * first); }
+};
+
+// Draws a tile in groups of COUNTERS counters, and a group in PARTS, so that a caller can put other work between them:
+// a round waits for its multiplications, an update for its square root and division.
 template <class Words>
 class TileDraw {
   using W = typename Words::Vector;
 
  public:
+  using Decisions = typename Words::Decisions;
   static constexpr int COUNTERS = Words::COUNTERS;
-  static constexpr int PIECES = ROUNDS - 1;  // rounds 0 to 2 in one, the others, the decision
+  static constexpr int PARTS = ROUNDS - 1;  // rounds 0 to 2 in one, the others, the decision
 
   // Only counter word 0 differs between the lanes, so one of the two products is a scalar in rounds 0 and 1.
-  GRADDROP_INLINE TileDraw(const Stream& s, uint64_t tile, uint32_t words[4])
-      : s_(s), words_(words), index_(tile * 32) {
+  GRADDROP_INLINE TileDraw(const MaskStream& s, uint64_t tile, Decisions& decisions)
+      : s_(s), decisions_(decisions), index_(tile * COUNTERS_PER_TILE) {
     const uint64_t product2 = uint64_t{MULTIPLIER1} * s.draw;
-    const uint32_t word0 = high(product2) ^ high(index_) ^ s.key0[0][0];  // after round 0; word 1 is low(product2)
-    const uint64_t product0 = uint64_t{MULTIPLIER0} * word0;                          // round 1
-    round0_word2_ = s.stream ^ s.key1[0][0];
+    // after round 0; word 1 is low(product2)
+    const uint32_t word0 = high(product2) ^ word1(s, index_, Purpose::ELEMENT) ^ s.key0[0][0];
+    const uint64_t product0 = uint64_t{MULTIPLIER0} * word0;  // round 1
+    round0_word2_ = s.id_low ^ s.key1[0][0];
     round1_word0_ = low(product2) ^ s.key0[1][0];
     round1_word2_ = high(product0) ^ s.key1[1][0];
     round2_word2_ = low(product0) ^ s.key1[2][0];
-    words[0] = words[1] = words[2] = words[3] = 0;
   }
 
-  template <int PIECE>
-  GRADDROP_INLINE void piece(int first) {
-    if constexpr (PIECE == 0) {
-      first_rounds(first);
-    } else if constexpr (PIECE < PIECES - 1) {
-      round(PIECE + 2);
+  // Of the group whose first counter is the tile's number `first`.
+  template <int PART>
+  GRADDROP_INLINE void part(int first) {
+    if constexpr (PART == 0) {
+      first_rounds(first, even_);
+      first_rounds(first + 1, odd_);
+    } else if constexpr (PART < PARTS - 1) {
+      round(PART + 2);
     } else {
-      for (int j = 0; j < 4; ++j) words_[j] |= Words::decide(even_[j], odd_[j], s_.lo, s_.span) << first;
+      for (int j = 0; j < 4; ++j) decisions_.put(j, first, Words::decide(even_[j], odd_[j], s_.lo, s_.span));
     }
   }
 
  private:
-  GRADDROP_INLINE void first_rounds(int first) {
-    first_rounds(first, even_);
-    first_rounds(first + 1, odd_);
-  }
   GRADDROP_INLINE void first_rounds(int first, W x[4]) {
     const W multiplier0 = Words::set(&MULTIPLIER0), multiplier1 = Words::set(&MULTIPLIER1);
     const W round0 = Words::multiply(Words::counters(low(index_) + static_cast<uint32_t>(first)), multiplier0);
@@ -81,25 +99,32 @@ class TileDraw {
     half(odd_);
   }
 
-  const Stream& s_;
-  uint32_t* words_;
+  const MaskStream& s_;
+  Decisions& decisions_;
   uint64_t index_;
   uint32_t round0_word2_, round1_word0_, round1_word2_, round2_word2_;
   W even_[4], odd_[4];  // counters first, first + 2, ... and first + 1, first + 3, ...
 };
 
-// Pieces FIRST and on of the batch whose first counter is the tile's number `counter`.
-template <int FIRST, class Draw, int... PIECE>
-GRADDROP_INLINE void draw_pieces(Draw& draw, int counter, std::integer_sequence<int, PIECE...>) {
-  (draw.template piece<FIRST + PIECE>(counter), ...);
+// Parts FIRST and on of the group whose first counter is the tile's number `counter`.
+template <int FIRST, class Draw, int... PART>
+GRADDROP_INLINE void draw_parts(Draw& draw, int counter, std::integer_sequence<int, PART...>) {
+  (draw.template part<FIRST + PART>(counter), ...);
 }
 
 template <class Draw>
-void draw_tile(const Stream& stream, uint64_t tile, uint32_t words[4]) {
-  Draw draw(stream, tile, words);
-  for (int first = 0; first < 32; first += Draw::COUNTERS) {
-    draw_pieces<0>(draw, first, std::make_integer_sequence<int, Draw::PIECES>{});
+GRADDROP_INLINE void draw_tile(const MaskStream& stream, uint64_t tile, typename Draw::Decisions& decisions) {
+  Draw draw(stream, tile, decisions);
+  for (int first = 0; first < COUNTERS_PER_TILE; first += Draw::COUNTERS) {
+    draw_parts<0>(draw, first, std::make_integer_sequence<int, Draw::PARTS>{});
   }
+}
+
+template <class Draw>
+void draw_words(const MaskStream& stream, uint64_t tile, uint32_t words[4]) {
+  typename Draw::Decisions decisions;
+  draw_tile<Draw>(stream, tile, decisions);
+  decisions.write(words);
 }
 
 }  // namespace

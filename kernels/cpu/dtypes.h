@@ -58,12 +58,19 @@ inline void from_float(float x, float16* out) {  // to nearest, ties to even
   out->bits = static_cast<uint16_t>(sign | half);
 }
 
-inline double to_double(double x) { return x; }
-template <class T>
-double to_double(T x) {
-  return to_float(x);
+// By way of float32, in which every dtype but float64 is held exactly.
+template <class From, class To>
+void convert(From from, To* to) {
+  from_float(to_float(from), to);
 }
-inline float to_float(double x) { return static_cast<float>(x); }
+inline void convert(double from, float* to) { *to = static_cast<float>(from); }
+inline void convert(double from, bfloat16* to) { from_float(static_cast<float>(from), to); }
+inline void convert(double from, float16* to) { from_float(static_cast<float>(from), to); }
+inline void convert(double from, double* to) { *to = from; }
+template <class From>
+void convert(From from, double* to) {
+  *to = static_cast<double>(to_float(from));
+}
 
 inline int64_t size_of(Dtype dtype) {
   switch (dtype) {

@@ -50,19 +50,19 @@ inline void turn_of(uint32_t word, float& cosine, float& sine) {
   sine = float_of(((bits_of(s) & ~swap) | (bits_of(c) & swap)) ^ s_sign);
 }
 
-// Of one element.
-inline float normal_of(const Stream& stream, uint64_t element) {
-  const Words drawn = outputs(stream, element_counter(element), Purpose::GAUSSIAN);
-  const int word = element_word(element), pair = word / 2 * 2;
+// Of one element. Normals take whole words: 32 counters make a tile of 128 elements.
+inline float normal_of(const MaskStream& stream, uint64_t element) {
+  const Words drawn = outputs(stream, element / TILE * 32 + element % 32, Purpose::GAUSSIAN);
+  const auto word = static_cast<int>(element / 32 % 4), pair = word / 2 * 2;
   float cosine, sine;
   turn_of(drawn.word[pair + 1], cosine, sine);
   return radius_of(drawn.word[pair]) * (word % 2 ? sine : cosine);
 }
 
 // Of a tile's 128 elements, by loops that compilers vectorise.
-inline void normals_of_tile(const Stream& stream, uint64_t tile, float normals[TILE]) {
+inline void normals_of_tile(const MaskStream& stream, uint64_t tile, float normals[TILE]) {
   uint32_t words[4][32];
-  outputs_of_tile(stream, tile, Purpose::GAUSSIAN, words);
+  consecutive_outputs<32>(stream, tile * 32, Purpose::GAUSSIAN, words);
   for (int pair = 0; pair < 4; pair += 2) {
     for (int l = 0; l < 32; ++l) {
       const float radius = radius_of(words[pair][l]);

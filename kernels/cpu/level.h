@@ -1,5 +1,5 @@
-// What one instruction-set level provides: functions on single tiles of 128 elements. The driver (step.cpp) knows
-// nothing of vectors, a level nothing of tensors, layouts or threads.
+// What one instruction-set level provides: functions on tiles of 128 elements. The driver (stretch.cpp) knows nothing of
+// vectors, a level nothing of tensors, layouts or threads.
 #pragma once
 
 #include "contract.h"
@@ -7,47 +7,68 @@
 
 namespace graddrop {
 
-// How the mask words enter an update. ALL: every element is kept, no words are read.
-enum class Select { ALL, GRADIENT, FREEZE, UPDATE };
+// Where an update selects by the mask. NOWHERE: every element is kept, and no mask words are read.
+enum class Select { NOWHERE, GRADIENT, EVERYTHING, PARAMETER };
+constexpr int SELECTS = 4;
 
-// Run-time numbers of one tensor's update, combined in float64 and rounded once.
-template <class Real>
-struct Scalars {
-  Real grad_scale, decay, one_minus_beta1, beta2, one_minus_beta2, step, eps;
+inline Select select_of(Effect effect) {
+  switch (effect) {
+    case Effect::GRADIENT:
+      return Select::GRADIENT;
+    case Effect::FREEZE:
+      return Select::EVERYTHING;
+    default:
+      return Select::PARAMETER;
+  }
+}
+
+// One tensor's numbers, rounded once.
+struct Factors {
+  float f32[1 + MAX_FACTORS];  // the gradient's factor, then the rule's
+  double f64[1 + MAX_FACTORS];
 };
 
-struct Numbers {
-  Scalars<float> f32;
-  Scalars<double> f64;
+// Consecutive tiles of one tensor, and where their mask words come from.
+struct Tiles {
+  void* param;
+  const void* grad;
+  void* state[MAX_STATES];
+  int64_t count;
+  int64_t grad_step = TILE;            // elements from a tile's gradient to the next one's; 0: one tile serves all
+  const uint32_t* words = nullptr;     // four a tile
+  int64_t words_step = 4;              // 0: four words serve all tiles
+  const MaskStream* stream = nullptr;  // in place of words: draw them
+  uint64_t first_tile = 0;             // of the whole parameter, if drawn
 };
 
-// Consecutive tiles of 128 elements.
-struct Run {
-  void* p;
-  const void* g;
-  void *m, *v, *vmax;  // vmax is 0 without amsgrad
-  int64_t tiles;
-  int64_t grad_step = TILE;             // elements from a tile's gradient to the next one's; 0: one tile serves all
-  const uint32_t* words = nullptr;      // the tiles' mask words, four each; unread under Select::ALL
-  int64_t words_step = 4;               // 0: four words serve all tiles
-  const Stream* stream = nullptr;       // in place of words: draw them
-  uint64_t first_tile = 0;              // global, if drawn
+using UpdateTiles = void (*)(const Tiles&, const Factors&);
+
+// An update of one rule and one combination of dtypes; empty if there is none for these dtypes.
+struct Kernels {
+  UpdateTiles by_select[SELECTS];
+
+  UpdateTiles operator[](Select select) const { return by_select[static_cast<int>(select)]; }
+  explicit operator bool() const { return by_select[0] != nullptr; }
 };
 
-using DrawTile = void (*)(const Stream&, uint64_t tile, uint32_t words[4]);
-using NormalsOfTile = void (*)(const Stream&, uint64_t tile, float normals[TILE]);
-using AdamwRun = void (*)(const Run&, const Numbers&);
-using MaskTile = void (*)(void* grad, const uint32_t words[4], double scale);
-using StreamTile = void (*)(float* p, const float* g, float* m, float* v, float zero);
+struct RuleName {
+  const char* name;  // nullptr: there is no rule of this number
+  int64_t states;
+};
 
 struct Level {
   const char* name;
-  DrawTile draw;
-  NormalsOfTile normals;
-  // grad is param's dtype or the arithmetic's (float32, or float64 for float64 parameters)
-  AdamwRun (*adamw)(Dtype param, Dtype grad, Dtype state, Select, bool amsgrad);
-  MaskTile (*mask)(Dtype grad);
-  StreamTile stream;  // float32: reads four streams, writes three, hardly computes: the floor benchmarks compare with
+  int64_t (*rule_number)(const char* name, int64_t states);  // -1: there is none
+  RuleName (*rule_name)(int64_t number);
+  // For float32 and float64 there is always one with gradients and state of the same dtype.
+  Kernels (*kernels)(int64_t rule, Dtypes);
+  void (*draw)(const MaskStream&, uint64_t tile, uint32_t words[4]);
+  void (*normals)(const MaskStream&, uint64_t tile, float normals[TILE]);
+  // a tile to float32 or float64 (`real`), and back
+  void (*widen)(Dtype dtype, const void* from, Dtype real, void* to);
+  void (*narrow)(Dtype real, const void* from, Dtype dtype, void* to);
+  // float32: reads four arrays and writes three as an unmasked AdamW does, and hardly computes
+  void (*floor)(float* p, const float* g, float* m, float* v, float zero);
 };
 
 extern const Level level_default;

@@ -1,8 +1,8 @@
-#include "adamw.h"
+#include "instances.h"
 #include "vec_avx512.h"
 
 namespace graddrop {
 
-extern const Level level_avx512 = level_of<TileDraw<Philox16>, MaskedFloats8>("avx512");
+extern const Level level_avx512 = make_level<TileDraw<Philox16>, MaskedFloats8>("avx512");
 
 }  // namespace graddrop

@@ -1,8 +1,8 @@
-#include "adamw.h"
+#include "instances.h"
 #include "vec_portable.h"
 
 namespace graddrop {
 
-extern const Level level_default = level_of<LoopDraw, Float1>("default");
+extern const Level level_default = make_level<PortableDraw, Float1>("default");
 
 }  // namespace graddrop

@@ -6,12 +6,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <string>
 #include <vector>
 
 #include "contract.h"
 #include "level.h"
 #include "oracle.h"
-#include "step.h"
+#include "stretch.h"
 
 namespace {
 
@@ -35,7 +36,7 @@ int64_t best_level() {
 #endif
 }
 
-const Level& level_of(int64_t level) {
+const Level& level_at(int64_t level) {
   static const int64_t best = best_level();
   STD_TORCH_CHECK(level >= 0 && level <= best, "level must be 0 to ", best, " on this processor, got ", level);
 #ifdef GRADDROP_X86
@@ -45,8 +46,10 @@ const Level& level_of(int64_t level) {
   return level_default;
 }
 
-// Cuts all tensors together into pieces of equal size; whoever is free takes the next one.
-void for_all(const Level& level, const Call& call, Stretch stretch) {
+constexpr int64_t LEAST_SHARE = 4096, LARGEST_SHARE = 131072;  // elements
+
+// Cuts all tensors together into shares of equal size; whoever is free takes the next one.
+void for_all(const Level& level, const Call& call, OnStretch on_stretch) {
   std::vector<int64_t> ends(static_cast<size_t>(call.tensors));
   int64_t total = 0;
   for (int64_t t = 0; t < call.tensors; ++t) ends[static_cast<size_t>(t)] = total += call.layout[t].numel;
@@ -54,30 +57,28 @@ void for_all(const Level& level, const Call& call, Stretch stretch) {
 
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t fair = (total / (threads * 8) + TILE - 1) / TILE * TILE;
-  const int64_t piece = std::min<int64_t>(MAX_STRETCH, std::max<int64_t>(fair, 4096));
-  const int64_t pieces = (total + piece - 1) / piece;
+  const int64_t share = std::clamp(fair, LEAST_SHARE, LARGEST_SHARE);
+  const int64_t shares = (total + share - 1) / share;
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
-    for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
-      const int64_t first = k * piece, last = std::min(total, first + piece);
+    for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < shares;) {
+      const int64_t first = k * share, last = std::min(total, first + share);
       auto t = std::upper_bound(ends.begin(), ends.end(), first) - ends.begin();
       for (; t < call.tensors; ++t) {
         const int64_t numel = call.layout[t].numel, start = ends[static_cast<size_t>(t)] - numel;
         if (start >= last) break;
-        // a piece's bounds move down to a multiple of 128 elements of the tensor they fall in
+        // a share's bounds move down to a multiple of 128 elements of the tensor they fall in
         const int64_t begin = std::max<int64_t>(first - start, 0) / TILE * TILE;
         const int64_t end = last >= start + numel ? numel : (last - start) / TILE * TILE;
-        if (begin < end) stretch(level, call, t, begin, end);
+        if (begin < end) on_stretch(level, call, t, begin, end);
       }
     }
   };
-  if (pieces == 1 || threads == 1) return work(0, 1);
-  torch::stable::parallel_for(0, std::min(threads, pieces), 1, work);
+  if (shares == 1 || threads == 1) return work(0, 1);
+  torch::stable::parallel_for(0, std::min(threads, shares), 1, work);
 }
 
-// dtypes: param + 4 * grad + 16 * state, each as Dtype
-Call call_of(const Tensor& layout, const Tensor& integers, const Tensor& reals, int64_t dtypes, int64_t seed,
-             double inv) {
+Call call_of(const Tensor& layout, const Tensor& integers, const Tensor& reals) {
   const int64_t tensors = layout.size(0);
   STD_TORCH_CHECK(layout.size(1) * 8 == int64_t{sizeof(Layout)} && integers.size(1) * 8 == int64_t{sizeof(Integers)} &&
                       reals.size(1) * 8 == int64_t{sizeof(Reals)},
@@ -85,39 +86,46 @@ Call call_of(const Tensor& layout, const Tensor& integers, const Tensor& reals, 
   STD_TORCH_CHECK(integers.size(0) == tensors && reals.size(0) == tensors, "tables must have one row per tensor");
   STD_TORCH_CHECK(layout.is_contiguous() && integers.is_contiguous() && reals.is_contiguous(),
                   "tables must be contiguous");
-  return {static_cast<const Layout*>(layout.data_ptr()),
-          static_cast<const Integers*>(integers.data_ptr()),
-          static_cast<const Reals*>(reals.data_ptr()),
-          tensors,
-          static_cast<Dtype>(dtypes % 4),
-          static_cast<Dtype>(dtypes / 4 % 4),
-          static_cast<Dtype>(dtypes / 16 % 4),
-          static_cast<uint64_t>(seed),
-          inv};
+  Call call = {};
+  call.layout = static_cast<const Layout*>(layout.data_ptr());
+  call.integers = static_cast<const Integers*>(integers.data_ptr());
+  call.reals = static_cast<const Reals*>(reals.data_ptr());
+  call.tensors = tensors;
+  return call;
 }
 
-void adamw(Tensor layout, Tensor integers, Tensor reals, int64_t dtypes, int64_t seed, double inv_grad_scale,
-           int64_t level) {
-  const Call call = call_of(layout, integers, reals, dtypes, seed, inv_grad_scale);
-  level == ORACLE ? oracle_adamw(call) : for_all(level_of(level), call, adamw_stretch);
-}
-
-void mask_grads(Tensor layout, Tensor integers, Tensor reals, int64_t dtypes, int64_t seed, int64_t level) {
-  const Call call = call_of(layout, integers, reals, dtypes, seed, 1.0);
-  level == ORACLE ? oracle_mask(call) : for_all(level_of(level), call, mask_stretch);
+// rule: of rule(). dtypes: param + 4 * grad + 16 * state, each as Dtype.
+void update(Tensor layout, Tensor integers, Tensor reals, int64_t rule, int64_t dtypes, int64_t seed,
+            double inv_grad_scale, int64_t level) {
+  Call call = call_of(layout, integers, reals);
+  call.rule = rule;
+  call.dtypes = {static_cast<Dtype>(dtypes % 4), static_cast<Dtype>(dtypes / 4 % 4),
+                 static_cast<Dtype>(dtypes / 16 % 4)};
+  call.seed = static_cast<uint64_t>(seed);
+  call.inv_grad_scale = inv_grad_scale;
+  const RuleName name = level_default.rule_name(rule);
+  STD_TORCH_CHECK(name.name != nullptr, "there is no rule number ", rule);
+  call.states = name.states;
+  if (level != ORACLE) return for_all(level_at(level), call, update_stretch);
+  STD_TORCH_CHECK(oracle_update(call, name.name), "the oracle has no rule ", name.name);
 }
 
 void pack(Tensor layout, Tensor integers, Tensor reals, int64_t seed, int64_t level) {
-  const Call call = call_of(layout, integers, reals, 0, seed, 1.0);
-  level == ORACLE ? oracle_pack(call) : for_all(level_of(level), call, pack_stretch);
+  Call call = call_of(layout, integers, reals);
+  call.seed = static_cast<uint64_t>(seed);
+  level == ORACLE ? oracle_pack(call) : for_all(level_at(level), call, pack_stretch);
 }
 
-// Reads and writes what an unmasked step would, without its arithmetic: the floor that benchmarks compare with.
-void stream(Tensor layout, Tensor integers, Tensor reals, int64_t level) {
-  for_all(level_of(level), call_of(layout, integers, reals, 0, 0, 0.0), stream_stretch);
+// Reads and writes what an unmasked AdamW step does, without its arithmetic: what benchmarks compare with.
+void memory_floor(Tensor layout, Tensor integers, Tensor reals, int64_t level) {
+  for_all(level_at(level), call_of(layout, integers, reals), floor_stretch);
 }
+
+// The number by which update() knows the rule that keeps so many states, or -1.
+int64_t rule(std::string name, int64_t states) { return level_default.rule_number(name.c_str(), states); }
 
 int64_t contract_version() { return CONTRACT_VERSION; }
+int64_t mask_stream_version() { return MASK_STREAM_VERSION; }
 int64_t layout_columns() { return sizeof(Layout) / 8; }
 int64_t integer_columns() { return sizeof(Integers) / 8; }
 int64_t real_columns() { return sizeof(Reals) / 8; }
@@ -126,28 +134,30 @@ int64_t real_columns() { return sizeof(Reals) / 8; }
 
 STABLE_TORCH_LIBRARY(graddrop_fused_cpu, library) {
   library.def(
-      "adamw(Tensor layout, Tensor integers, Tensor reals, int dtypes, int seed, float inv_grad_scale, int level)"
-      " -> ()");
-  library.def("mask_grads(Tensor layout, Tensor integers, Tensor reals, int dtypes, int seed, int level) -> ()");
+      "update(Tensor layout, Tensor integers, Tensor reals, int rule, int dtypes, int seed, float inv_grad_scale,"
+      " int level) -> ()");
   library.def("pack(Tensor layout, Tensor integers, Tensor reals, int seed, int level) -> ()");
-  library.def("stream(Tensor layout, Tensor integers, Tensor reals, int level) -> ()");
+  library.def("floor(Tensor layout, Tensor integers, Tensor reals, int level) -> ()");
+  library.def("rule(str name, int states) -> int");
   library.def("best_level() -> int");
   library.def("contract_version() -> int");
+  library.def("mask_stream_version() -> int");
   library.def("layout_columns() -> int");
   library.def("integer_columns() -> int");
   library.def("real_columns() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(graddrop_fused_cpu, CPU, library) {
-  library.impl("adamw", TORCH_BOX(&adamw));
-  library.impl("mask_grads", TORCH_BOX(&mask_grads));
+  library.impl("update", TORCH_BOX(&update));
   library.impl("pack", TORCH_BOX(&pack));
-  library.impl("stream", TORCH_BOX(&stream));
+  library.impl("floor", TORCH_BOX(&memory_floor));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(graddrop_fused_cpu, CompositeExplicitAutograd, library) {
+  library.impl("rule", TORCH_BOX(&rule));
   library.impl("best_level", TORCH_BOX(&best_level));
   library.impl("contract_version", TORCH_BOX(&contract_version));
+  library.impl("mask_stream_version", TORCH_BOX(&mask_stream_version));
   library.impl("layout_columns", TORCH_BOX(&layout_columns));
   library.impl("integer_columns", TORCH_BOX(&integer_columns));
   library.impl("real_columns", TORCH_BOX(&real_columns));

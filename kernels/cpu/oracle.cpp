@@ -1,6 +1,7 @@
 #include "oracle.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "dtypes.h"
 #include "gaussian.h"
@@ -27,15 +28,17 @@ Element element_at(const Layout& row, int64_t local) {
 
 bool kept(const Call& call, int64_t tensor, const Element& e) {
   const Integers& row = call.integers[tensor];
-  const Stream stream = stream_of(call.seed, row);
+  const MaskStream stream = stream_of(call.seed, row);
   const auto global = static_cast<uint64_t>(e.global);
   switch (row.mask) {
     case Mask::DROP:
       return false;
     case Mask::ELEMENT:
       return element_kept(stream, global);
-    case Mask::BLOCK:
-      return block_kept(stream, global / static_cast<uint64_t>(row.block));
+    case Mask::BLOCK: {
+      const uint64_t block = global / static_cast<uint64_t>(row.block);
+      return block_kept(stream, block, block_words(stream, block));
+    }
     case Mask::LAYER:
       return layer_kept(stream);
     case Mask::PACKED:
@@ -47,7 +50,7 @@ bool kept(const Call& call, int64_t tensor, const Element& e) {
 
 // 1 + std * N(0, 1)
 double noise(const Call& call, int64_t tensor, const Element& e) {
-  const Stream stream = stream_of(call.seed, call.integers[tensor]);
+  const MaskStream stream = stream_of(call.seed, call.integers[tensor]);
   const double normal = static_cast<double>(normal_of(stream, static_cast<uint64_t>(e.global)));
   return 1.0 + call.reals[tensor].noise_std * normal;
 }
@@ -81,52 +84,79 @@ void write(Dtype dtype, int64_t base, int64_t i, double x) {
   }
 }
 
+// The rules: from the old parameter and state, the masked gradient and the factors to the new parameter and state.
+
 template <class Real>
-void adamw(const Call& call, int64_t tensor, const Element& e) {
-  const Layout& row = call.layout[tensor];
-  const Integers& integers = call.integers[tensor];
-  const Reals& reals = call.reals[tensor];
-  const bool keep = kept(call, tensor, e), update = integers.effect == Effect::UPDATE;
-  if (integers.effect == Effect::FREEZE && !keep) return;
-
-  const Real p = static_cast<Real>(read(call.param, row.param, e.param));
-  const Real m = static_cast<Real>(read(call.state, row.m, e.param));
-  const Real v = static_cast<Real>(read(call.state, row.v, e.param));
-  Real g = 0;
-  if (row.grad && (keep || update)) {
-    g = static_cast<Real>(read(call.grad, row.grad, e.grad));
-    if (integers.mask == Mask::GAUSSIAN && !update) g *= static_cast<Real>(noise(call, tensor, e));
-    g *= static_cast<Real>(call.inv_grad_scale * reals.sign * (update ? 1.0 : reals.rescale));
-  }
-
-  const double scale = update ? reals.rescale : 1.0;
-  const Real new_m = m + static_cast<Real>(1.0 - reals.beta1) * (g - m);
-  const Real new_v = static_cast<Real>(reals.beta2) * v + static_cast<Real>(1.0 - reals.beta2) * g * g;
-  Real vmax = new_v;
-  if (row.vmax) {
-    const Real old = static_cast<Real>(read(call.state, row.vmax, e.param));
-    vmax = old > new_v ? old : new_v;
-  }
-  const Real denominator = std::sqrt(vmax) + static_cast<Real>(reals.eps * reals.bias_correction2_sqrt);
-  const Real step = static_cast<Real>(scale * reals.step_size * reals.bias_correction2_sqrt);
-  const Real new_p = p * static_cast<Real>(1.0 - scale * (1.0 - reals.decay)) - step * new_m / denominator;
-
-  if (keep || !update) write(call.param, row.param, e.param, new_p);
-  write(call.state, row.m, e.param, new_m);
-  write(call.state, row.v, e.param, new_v);
-  if (row.vmax) write(call.state, row.vmax, e.param, vmax);
+void adamw(Real& p, Real g, Real* s, int64_t states, const Real* f) {
+  const Real decay = f[0], step = f[1], one_minus_beta1 = f[2], beta2 = f[3], one_minus_beta2 = f[4], eps = f[5];
+  s[0] = s[0] + one_minus_beta1 * (g - s[0]);
+  s[1] = beta2 * s[1] + one_minus_beta2 * g * g;
+  if (states == 3) s[2] = s[2] > s[1] ? s[2] : s[1];
+  p = p * decay - step * s[0] / (std::sqrt(s[states - 1]) + eps);
 }
 
 template <class Real>
-void mask(const Call& call, int64_t tensor, const Element& e) {
-  const int64_t base = call.layout[tensor].grad;
-  Real g = 0;
-  if (kept(call, tensor, e)) {
-    g = static_cast<Real>(read(call.grad, base, e.grad));
-    if (call.integers[tensor].mask == Mask::GAUSSIAN) g *= static_cast<Real>(noise(call, tensor, e));
-    g *= static_cast<Real>(call.reals[tensor].rescale);
+void sgd(Real& p, Real g, Real* s, int64_t states, const Real* f) {
+  const Real weight_decay = f[0], momentum = f[1], taken = f[2], grad_step = f[3], buffer_step = f[4];
+  g = g + weight_decay * p;
+  Real step = grad_step * g;
+  if (states == 1) {
+    s[0] = momentum * s[0] + taken * g;
+    step = step + buffer_step * s[0];
   }
-  write(call.grad, base, e.grad, g);
+  p = p - step;
+}
+
+template <class Real>
+void lion(Real& p, Real g, Real* s, int64_t, const Real* f) {
+  const Real decay = f[0], step = f[1], one_minus_beta1 = f[2], one_minus_beta2 = f[3];
+  const Real direction = s[0] + one_minus_beta1 * (g - s[0]);
+  const Real sign = direction > 0 ? Real{1} : direction < 0 ? Real{-1} : Real{0};
+  s[0] = s[0] + one_minus_beta2 * (g - s[0]);
+  p = p * decay - step * sign;
+}
+
+template <class Real>
+void mask(Real& p, Real g, Real*, int64_t, const Real*) {
+  p = g;
+}
+
+template <class Real>
+using Rule = void (*)(Real& p, Real g, Real* s, int64_t states, const Real* factors);
+
+template <class Real>
+Rule<Real> rule_called(const char* name) {
+  if (std::strcmp(name, "adamw") == 0) return adamw<Real>;
+  if (std::strcmp(name, "sgd") == 0) return sgd<Real>;
+  if (std::strcmp(name, "lion") == 0) return lion<Real>;
+  return std::strcmp(name, "mask") == 0 ? mask<Real> : nullptr;
+}
+
+template <class Real>
+void update(const Call& call, Rule<Real> rule, int64_t tensor, const Element& e) {
+  const Layout& row = call.layout[tensor];
+  const Integers& integers = call.integers[tensor];
+  const Reals& reals = call.reals[tensor];
+  const bool keep = kept(call, tensor, e);
+  if (integers.effect == Effect::FREEZE && !keep) return;
+
+  Real g = 0;
+  if (row.grad && (keep || integers.effect == Effect::UPDATE)) {
+    g = static_cast<Real>(read(call.dtypes.grad, row.grad, e.grad));
+    const bool noisy = integers.mask == Mask::GAUSSIAN && integers.effect != Effect::UPDATE;
+    if (noisy) g *= static_cast<Real>(noise(call, tensor, e));
+    g *= static_cast<Real>(call.inv_grad_scale * reals.grad_factor);
+  }
+  Real p = static_cast<Real>(read(call.dtypes.param, row.param, e.param)), s[MAX_STATES], factors[MAX_FACTORS];
+  for (int64_t k = 0; k < call.states; ++k) {
+    s[k] = static_cast<Real>(read(call.dtypes.state, row.state[k], e.param));
+  }
+  for (int k = 0; k < MAX_FACTORS; ++k) factors[k] = static_cast<Real>(reals.factor[k]);
+
+  rule(p, g, s, call.states, factors);
+
+  if (keep || integers.effect != Effect::UPDATE) write(call.dtypes.param, row.param, e.param, p);
+  for (int64_t k = 0; k < call.states; ++k) write(call.dtypes.state, row.state[k], e.param, s[k]);
 }
 
 template <class Function>
@@ -138,18 +168,13 @@ void for_each_element(const Call& call, Function function) {
 
 }  // namespace
 
-void oracle_adamw(const Call& call) {
-  const bool wide = call.param == Dtype::FLOAT64;
+bool oracle_update(const Call& call, const char* name) {
+  const bool wide = call.dtypes.param == Dtype::FLOAT64;
+  if (rule_called<float>(name) == nullptr) return false;
   for_each_element(call, [&](int64_t t, const Element& e) {
-    wide ? adamw<double>(call, t, e) : adamw<float>(call, t, e);
+    wide ? update<double>(call, rule_called<double>(name), t, e) : update<float>(call, rule_called<float>(name), t, e);
   });
-}
-
-void oracle_mask(const Call& call) {
-  const bool wide = call.grad == Dtype::FLOAT64;
-  for_each_element(call, [&](int64_t t, const Element& e) {
-    if (call.layout[t].grad) wide ? mask<double>(call, t, e) : mask<float>(call, t, e);
-  });
+  return true;
 }
 
 void oracle_pack(const Call& call) {

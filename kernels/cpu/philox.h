@@ -11,10 +11,11 @@ namespace graddrop {
 constexpr int ROUNDS = 10;
 constexpr int KEY_COPIES = 8;  // of every round key: AVX2 has no operands that broadcast from memory
 
-// Everything that decides a tensor's masks but the element.
-struct Stream {
+// Everything that decides one tensor's masks but the element.
+struct MaskStream {
   alignas(32) uint32_t key0[ROUNDS][KEY_COPIES], key1[ROUNDS][KEY_COPIES];
-  uint32_t draw, stream, lo, span;
+  uint32_t draw, id_low, id_high;  // id_high: the upper 20 bits
+  uint16_t lo, span;
 };
 
 namespace {  // every translation unit has its own copy: they are compiled for different processors
@@ -22,6 +23,7 @@ namespace {  // every translation unit has its own copy: they are compiled for d
 constexpr uint32_t MULTIPLIER0 = 0xD2511F53, MULTIPLIER1 = 0xCD9E8D57;
 constexpr uint32_t WEYL0 = 0x9E3779B9, WEYL1 = 0xBB67AE85;
 
+// Bits 8 to 11 of counter word 1. 4 to 6 are reserved for stochastic rounding.
 enum class Purpose : uint32_t { ELEMENT, LAYER, GAUSSIAN, BLOCK };
 
 struct Words {
@@ -31,23 +33,30 @@ struct Words {
 inline uint32_t high(uint64_t product) { return static_cast<uint32_t>(product >> 32); }
 inline uint32_t low(uint64_t product) { return static_cast<uint32_t>(product); }
 
-inline Stream stream_of(uint64_t seed, const Integers& row) {
-  Stream s;
+inline MaskStream stream_of(uint64_t seed, const Integers& row) {
+  MaskStream s;
   for (uint32_t r = 0; r < ROUNDS; ++r) {
     for (int copy = 0; copy < KEY_COPIES; ++copy) {
       s.key0[r][copy] = low(seed) + r * WEYL0;
       s.key1[r][copy] = high(seed) + r * WEYL1;
     }
   }
+  const auto id = static_cast<uint64_t>(row.stream_id);
   s.draw = static_cast<uint32_t>(row.draw);
-  s.stream = static_cast<uint32_t>(row.stream);
-  s.lo = static_cast<uint32_t>(row.lo);
-  s.span = static_cast<uint32_t>(row.span);
+  s.id_low = low(id);
+  s.id_high = high(id);
+  s.lo = static_cast<uint16_t>(row.lo);
+  s.span = static_cast<uint16_t>(row.span);
   return s;
 }
 
-inline Words outputs(const Stream& s, uint64_t index, Purpose purpose) {
-  Words c = {{low(index), high(index) | static_cast<uint32_t>(purpose) << 24, s.draw, s.stream}};
+// Counter word 1 of the 40-bit index.
+inline uint32_t word1(const MaskStream& s, uint64_t index, Purpose purpose) {
+  return high(index) | static_cast<uint32_t>(purpose) << 8 | s.id_high << 12;
+}
+
+inline Words outputs(const MaskStream& s, uint64_t index, Purpose purpose) {
+  Words c = {{low(index), word1(s, index, purpose), s.draw, s.id_low}};
   for (int r = 0; r < ROUNDS; ++r) {
     const uint64_t product0 = uint64_t{MULTIPLIER0} * c.word[0], product2 = uint64_t{MULTIPLIER1} * c.word[2];
     c = {{high(product2) ^ c.word[1] ^ s.key0[r][0], low(product2),  //
@@ -56,18 +65,18 @@ inline Words outputs(const Stream& s, uint64_t index, Purpose purpose) {
   return c;
 }
 
-// A tile's 32 counters: lane l of the four outputs, by loops that compilers vectorise.
-inline void outputs_of_tile(const Stream& s, uint64_t tile, Purpose purpose, uint32_t x[4][32]) {
-  const uint64_t index = tile * 32;
-  for (uint32_t l = 0; l < 32; ++l) {
+// COUNTERS consecutive counters from `index`, a multiple of COUNTERS, on: by loops that compilers vectorise.
+template <int COUNTERS>
+void consecutive_outputs(const MaskStream& s, uint64_t index, Purpose purpose, uint32_t x[4][COUNTERS]) {
+  for (uint32_t l = 0; l < COUNTERS; ++l) {
     x[0][l] = low(index) + l;
-    x[1][l] = high(index) | static_cast<uint32_t>(purpose) << 24;
+    x[1][l] = word1(s, index, purpose);
     x[2][l] = s.draw;
-    x[3][l] = s.stream;
+    x[3][l] = s.id_low;
   }
   for (int r = 0; r < ROUNDS; ++r) {
     const uint32_t key0 = s.key0[r][0], key1 = s.key1[r][0];
-    for (int l = 0; l < 32; ++l) {
+    for (int l = 0; l < COUNTERS; ++l) {
       const uint64_t product0 = uint64_t{MULTIPLIER0} * x[0][l], product2 = uint64_t{MULTIPLIER1} * x[2][l];
       x[0][l] = high(product2) ^ x[1][l] ^ key0;
       x[1][l] = low(product2);
@@ -77,20 +86,26 @@ inline void outputs_of_tile(const Stream& s, uint64_t tile, Purpose purpose, uin
   }
 }
 
-inline bool decide(const Stream& s, uint32_t word) { return word - s.lo <= s.span; }
+// The 16 bits that decide, at one place of a sequence in which a counter's four words serve two neighbours each.
+inline uint16_t half(uint32_t word, uint64_t place) { return static_cast<uint16_t>(word >> (16 * (place % 2))); }
 
-inline uint64_t element_counter(uint64_t element) { return element / 128 * 32 + element % 32; }
-inline int element_word(uint64_t element) { return static_cast<int>(element / 32 % 4); }
+inline bool decide(const MaskStream& s, uint16_t random) { return static_cast<uint16_t>(random - s.lo) <= s.span; }
 
-inline bool element_kept(const Stream& s, uint64_t element) {
-  return decide(s, outputs(s, element_counter(element), Purpose::ELEMENT).word[element_word(element)]);
+inline bool element_kept(const MaskStream& s, uint64_t e) {
+  const Words drawn = outputs(s, e / TILE * 16 + e % 32 / 2, Purpose::ELEMENT);
+  return decide(s, half(drawn.word[e / 32 % 4], e));
 }
 
-inline bool block_kept(const Stream& s, uint64_t block) {
-  return decide(s, outputs(s, block / 4, Purpose::BLOCK).word[block % 4]);
+constexpr uint64_t BLOCKS_PER_COUNTER = 8;
+
+inline Words block_words(const MaskStream& s, uint64_t block) {
+  return outputs(s, block / BLOCKS_PER_COUNTER, Purpose::BLOCK);
+}
+inline bool block_kept(const MaskStream& s, uint64_t block, const Words& drawn) {
+  return decide(s, half(drawn.word[block / 2 % 4], block));
 }
 
-inline bool layer_kept(const Stream& s) { return decide(s, outputs(s, 0, Purpose::LAYER).word[0]); }
+inline bool layer_kept(const MaskStream& s) { return decide(s, half(outputs(s, 0, Purpose::LAYER).word[0], 0)); }
 
 }  // namespace
 }  // namespace graddrop

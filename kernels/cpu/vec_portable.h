@@ -1,10 +1,14 @@
-// Plain loops over a tile, for every processor; compilers vectorise them with what the target has.
+// For every processor: plain loops over a tile, which compilers vectorise with what the target has, and counters drawn
+// on the vectors that every x86-64 processor has, since compilers make much less of those.
 #pragma once
 
 #include <cmath>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
+#include "draw.h"
 #include "dtypes.h"
-#include "philox.h"
 
 namespace graddrop {
 namespace {
@@ -19,30 +23,48 @@ constexpr Bits each_bit() {
 }
 constexpr Bits BITS = each_bit();
 
+// A tile's decisions, one word for each element: many processors cannot shift lanes by different distances.
+struct LaneDecisions {
+  alignas(16) uint32_t kept[TILE];  // all ones where kept
+
+  void read(const uint32_t from[4]) {
+    for (int j = 0; j < 4; ++j) {
+      for (int l = 0; l < 32; ++l) kept[32 * j + l] = from[j] & BITS.bit[l] ? ~0u : 0u;
+    }
+  }
+  void write(uint32_t to[4]) const {
+    for (int j = 0; j < 4; ++j) {
+      to[j] = 0;
+      for (int l = 0; l < 32; ++l) to[j] |= kept[32 * j + l] & BITS.bit[l];
+    }
+  }
+  bool bit(int i) const { return kept[i] != 0; }
+
+#ifdef __SSE2__
+  // Eight elements, for the counters `first` to `first` + 3, of word j.
+  GRADDROP_INLINE void put(int j, int first, __m128i inside) {
+    auto* to = reinterpret_cast<__m128i*>(kept + 32 * j + 2 * first);
+    _mm_store_si128(to, _mm_unpacklo_epi16(inside, inside));
+    _mm_store_si128(to + 1, _mm_unpackhi_epi16(inside, inside));
+  }
+#endif
+};
+
 // One lane: a loop over elements is left to the compiler.
 struct Float1 {
   static constexpr int WIDTH = 1;
+  using Real = float;
   using Floats = float;
-  using Kept = uint32_t;  // all ones where kept
+  using Kept = uint32_t;
 
-  struct Decisions {  // spread over words, as many processors cannot shift lanes by different distances
-    uint32_t kept[TILE];
-    void read(const uint32_t words[4]) {
-      for (int j = 0; j < 4; ++j) {
-        for (int l = 0; l < 32; ++l) kept[32 * j + l] = words[j] & BITS.bit[l] ? ~0u : 0u;
-      }
-    }
-    Kept at(int i) const { return kept[i]; }
-  };
+  static Kept kept(const LaneDecisions& decisions, int i) { return decisions.kept[i]; }
 
   static float set(float x) { return x; }
-  static float add(float a, float b) { return a + b; }
-  static float sub(float a, float b) { return a - b; }
-  static float mul(float a, float b) { return a * b; }
-  static float div(float a, float b) { return a / b; }
   static float max(float a, float b) { return a > b ? a : b; }  // b where either is NaN
   static float sqrt(float a) { return std::sqrt(a); }
+  static float sign(float a) { return static_cast<float>(a > 0) - static_cast<float>(a < 0); }
 
+  static void pin(float&) {}
   static float keep(Kept kept, float a) { return float_of(bits_of(a) & kept); }
   static float select(Kept kept, float a, float b) { return float_of((bits_of(a) & kept) | (bits_of(b) & ~kept)); }
 
@@ -56,30 +78,61 @@ struct Float1 {
   }
 };
 
-// A tile's 32 counters at once, in one piece.
-class LoopDraw {
+#ifdef __SSE2__
+
+// Four counters with Philox words in the low half of 64-bit lanes.
+struct Philox4 {
+  using Decisions = LaneDecisions;
+  static constexpr int COUNTERS = 4;
+  using Vector = __m128i;  // upper halves are dirty: nothing may read them
+
+  static Vector set(const uint32_t* x) { return _mm_set1_epi32(static_cast<int>(*x)); }
+  static Vector key(const uint32_t x[KEY_COPIES]) { return _mm_load_si128(reinterpret_cast<const __m128i*>(x)); }
+  // first and first + 2: every other counter, so that two vectors interleave into COUNTERS consecutive ones
+  static Vector counters(uint32_t first) { return _mm_set_epi64x(first + 2, first); }
+  static Vector multiply(Vector a, Vector b) { return _mm_mul_epu32(a, b); }
+  static Vector high_half(Vector product) { return _mm_srli_epi64(product, 32); }
+  static Vector exclusive_or(Vector a, Vector b) { return _mm_xor_si128(a, b); }
+  static Vector exclusive_or(Vector a, Vector b, Vector c) { return _mm_xor_si128(a, _mm_xor_si128(b, c)); }
+  // All ones where a half lies in the window, two halves for each counter.
+  static Vector decide(Vector even, Vector odd, uint16_t lo, uint16_t span) {
+    const Vector low_halves = _mm_and_si128(even, _mm_set1_epi64x(0xffffffff));
+    const Vector halves = _mm_or_si128(low_halves, _mm_slli_epi64(odd, 32));
+    const Vector moved = _mm_sub_epi16(halves, _mm_set1_epi16(static_cast<int16_t>(lo)));
+    return _mm_cmpeq_epi16(_mm_subs_epu16(moved, _mm_set1_epi16(static_cast<int16_t>(span))), _mm_setzero_si128());
+  }
+};
+using PortableDraw = TileDraw<Philox4>;
+
+#else
+
+// A tile's counters at once, in one part.
+class PortableDraw {
  public:
-  static constexpr int COUNTERS = 32;
-  static constexpr int PIECES = 1;
+  using Decisions = LaneDecisions;
+  static constexpr int COUNTERS = COUNTERS_PER_TILE;
+  static constexpr int PARTS = 1;
 
-  LoopDraw(const Stream& s, uint64_t tile, uint32_t words[4]) : s_(s), tile_(tile), words_(words) {}
+  PortableDraw(const MaskStream& s, uint64_t tile, Decisions& decisions) : s_(s), tile_(tile), decisions_(decisions) {}
 
-  template <int PIECE>
-  void piece(int) {
-    uint32_t x[4][32];
-    outputs_of_tile(s_, tile_, Purpose::ELEMENT, x);
-    for (int word = 0; word < 4; ++word) {
-      uint32_t bits = 0;
-      for (int l = 0; l < 32; ++l) bits |= decide(s_, x[word][l]) ? BITS.bit[l] : 0u;
-      words_[word] = bits;
+  template <int PART>
+  void part(int) {
+    uint32_t x[4][COUNTERS];
+    consecutive_outputs<COUNTERS>(s_, tile_ * COUNTERS, Purpose::ELEMENT, x);
+    for (int k = 0; k < TILE / 2; ++k) {
+      const uint32_t word = x[k / COUNTERS][k % COUNTERS];
+      decisions_.kept[2 * k] = decide(s_, half(word, 0)) ? ~0u : 0u;
+      decisions_.kept[2 * k + 1] = decide(s_, half(word, 1)) ? ~0u : 0u;
     }
   }
 
  private:
-  const Stream& s_;
+  const MaskStream& s_;
   uint64_t tile_;
-  uint32_t* words_;
+  Decisions& decisions_;
 };
+
+#endif
 
 }  // namespace
 }  // namespace graddrop

@@ -1,0 +1,77 @@
+"""Small checks of single values. Every error names the argument, its value and what would be right."""
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from . import mask_stream
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raises TypeError or ValueError if ``value`` is no integer in [low, high]."""
+    wanted = f"an integer of at least {low}" if high is None else f"an integer in [{low}, {high}]"
+    if not is_int(value):
+        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices or not isinstance(value, str):
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_p(name: str, p: Any) -> None:
+    """A drop probability in [0, 1) that does not round to 1."""
+    if not is_number(p):
+        raise TypeError(f"{name} must be a number in [0, 1), got {p!r}")
+    try:
+        mask_stream.bernoulli_window(p)
+    except ValueError as error:
+        raise ValueError(str(error).replace("p must", f"{name} must", 1)) from None
+
+
+def check_nonnegative(name: str, value: Any) -> None:
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """``repr`` that stays short: an integer of a million digits takes seconds to print."""
+    return f"an integer of {value.bit_length()} bits" if is_int(value) and value.bit_length() > 200 else repr(value)
+
+
+def plain(name: str, value: Any) -> Any:
+    """``value`` as what torch.load(weights_only=True) reads: numpy's numbers become Python's.
+
+    Raises TypeError on anything that would have to be pickled.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, list | tuple):
+        return type(value)(plain(name, item) for item in value) if type(value) in (list, tuple) else list(value)
+    if isinstance(value, Mapping):
+        return {key: plain(name, item) for key, item in value.items()}
+    raise TypeError(
+        f"{name} must be made of numbers, strings and None, so that a checkpoint can hold it, got {value!r}"
+    )

@@ -1,0 +1,199 @@
+"""What a policy does to each layer now: a table for people."""
+
+import dataclasses
+import html
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import mask_stream
+from .contract import Mask
+from .names import canonical_name
+from .numbers import row_at
+from .policies import Policy, StaticMask
+
+Group = Mapping[str, Any]
+
+HEADER = ("layer", "parameters", "policy", "effect", "active now")
+
+
+class LayerRow(NamedTuple):
+    """One line: the parameters of a layer that share policy and effect."""
+
+    layer: str
+    parameters: int  # elements
+    policy: str  # "none" where everything is kept
+    effect: str
+    active: float | None  # share of the elements that the coming step keeps; None if it depends on an unknown epoch
+
+
+class Description:
+    """What :func:`describe` returns: ``rows`` in the order of the groups, and their ``total``."""
+
+    def __init__(self, rows: Sequence[LayerRow]):
+        self.rows = list(rows)
+        known = [row for row in self.rows if row.active is not None]
+        elements = sum(row.parameters for row in self.rows)
+        active = sum(row.parameters * (row.active or 0.0) for row in known) / max(1, elements)
+        self.total = LayerRow("all", elements, "", "", active if len(known) == len(self.rows) else None)
+
+    def __str__(self) -> str:
+        table = [HEADER, *map(_cells, [*self.rows, self.total])]
+        widths = [max(len(line[column]) for line in table) for column in range(len(HEADER))]
+        numbers = ("parameters", "active now")
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if name in numbers else cell.ljust(width)
+                for name, cell, width in zip(HEADER, line, widths, strict=True)
+            ).rstrip()
+            for line in table
+        )
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        def line(cells: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        body = "".join(line(_cells(row), "td") for row in self.rows)
+        return (
+            f"<table><thead>{line(HEADER, 'th')}</thead><tbody>{body}</tbody>"
+            f"<tfoot>{line(_cells(self.total), 'th')}</tfoot></table>"
+        )
+
+
+def describe(source: Optimizer | Sequence[Group] | Any) -> Description:
+    """Print and return a table: layer, parameters, policy, effect, and the share that the coming step keeps.
+
+    No mask is drawn, so it costs nothing on a large model: shares are the policies' exact keep probabilities. Where
+    LayerGradDrop has an optimizer's draw to go by, a layer is shown as kept (100 %) or dropped (0 %).
+
+    Args:
+        source: a GradDropAdamW (or its kin), what attach() returned, or groups as param_groups() makes them. Groups
+            alone are shown at their first step, in epoch 0.
+
+    Returns:
+        a :class:`Description`. In a notebook it is shown as a table instead of being printed.
+
+    Raises:
+        TypeError: if ``source`` has no groups.
+    """
+    description = Description(_merged(_rows(source)))
+    if "ipykernel" not in sys.modules:
+        print(description)
+    return description
+
+
+def _groups_of(source: Any) -> list[Group]:
+    groups = source
+    if not isinstance(source, Sequence):
+        groups = getattr(source, "param_groups", None) or getattr(source, "groups", None)
+    if not isinstance(groups, Sequence) or not all(isinstance(g, Mapping) and "params" in g for g in groups):
+        raise TypeError(
+            f"source must be an optimizer, a handle of attach(), or a list of parameter groups, got {source!r:.100}"
+        )
+    return list(groups)
+
+
+def _rows(source: Any) -> Iterator[LayerRow]:
+    """One row a group."""
+    groups = _groups_of(source)
+    alone = source is groups or isinstance(source, Sequence)
+    draw, epoch = (1, 0) if alone else (source.draw + 1, _epoch_of(source))
+    layers = [f"group {i}" if g.get("layer") is None else str(g["layer"]) for i, g in enumerate(groups)]
+    numbers = {layer: number for number, layer in enumerate(dict.fromkeys(layers))}
+    dropped = {id(p) for p in source.dropped_layers()} if _knows_layers(source, groups, epoch) else None
+    for group, layer in zip(groups, layers, strict=True):
+        policy: Policy | None = group.get("drop")
+        effect = str(group.get("effect") or getattr(policy, "default_effect", "gradient"))
+        share: float | None = 1.0
+        if policy is not None and policy.needs_epoch and epoch is None:
+            share = None
+        elif policy is not None:
+            row, _ = row_at(policy, numbers[layer], len(numbers), draw, epoch)
+            share = _share(row, group, policy, dropped)
+        yield LayerRow(layer, sum(p.numel() for p in _tensors(group)), _brief(policy), effect, share)
+
+
+def _epoch_of(source: Any) -> int | None:
+    """The epoch of the coming step; None if nobody told."""
+    if hasattr(source, "epoch"):
+        return source.epoch
+    clock = source.state_dict()  # of attach(): plain numbers
+    per_epoch = clock["steps_per_epoch"]
+    return clock["epoch"] if per_epoch is None else clock["draw"] // per_epoch
+
+
+def _knows_layers(source: Any, groups: Sequence[Group], epoch: int | None) -> bool:
+    """Whether ``source`` can say which layers the coming step drops: it refuses where any policy lacks its epoch."""
+    policies = [g["drop"] for g in groups if g.get("drop") is not None]
+    known = epoch is not None or not any(policy.needs_epoch for policy in policies)
+    return known and hasattr(source, "dropped_layers") and any(policy.layerwise for policy in policies)
+
+
+def _share(row: Any, group: Group, policy: Policy, dropped: set[int] | None) -> float:
+    """The share of a group's elements that a policy's row keeps; ``dropped``: ids of parameters of dropped layers."""
+    if row.mask == Mask.DROP:
+        return 0.0
+    if row.mask == Mask.PACKED and isinstance(policy, StaticMask):
+        return _static_share(group, policy)
+    if row.mask == Mask.LAYER and dropped is not None:
+        return float(not any(id(p) in dropped for p in _tensors(group)))
+    if row.mask in (Mask.KEEP, Mask.GAUSSIAN):
+        return 1.0
+    return 1 / mask_stream.rescale(row.span)
+
+
+def _static_share(group: Group, policy: StaticMask) -> float:
+    tensors, names = _tensors(group), _names(group)
+    kept = 0
+    for index, (param, name) in enumerate(zip(tensors, names, strict=True)):
+        mask = policy.mask_of(name, index, len(tensors))
+        kept += param.numel() if mask is None else int(mask.sum())
+    return kept / max(1, sum(p.numel() for p in tensors))
+
+
+def _tensors(group: Group) -> list[Tensor]:
+    return [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+
+
+def _names(group: Group) -> list[str | None]:
+    given = group.get("param_names") or [p[0] if isinstance(p, tuple) else None for p in group["params"]]
+    return [None if name is None else canonical_name(name) for name in given]
+
+
+def _merged(rows: Iterator[LayerRow]) -> list[LayerRow]:
+    """Rows of one layer that differ in nothing but their elements, as one (weight decay splits groups, too)."""
+    merged: dict[tuple, LayerRow] = {}
+    for row in rows:
+        key = (row.layer, row.policy, row.effect, row.active is None)
+        if key in merged:
+            other = merged[key]
+            elements = row.parameters + other.parameters
+            active = None
+            if row.active is not None and other.active is not None:
+                kept = row.parameters * row.active + other.parameters * other.active
+                active = kept / max(1, elements)
+            row = row._replace(parameters=elements, active=active)
+        merged[key] = row
+    return list(merged.values())
+
+
+def _brief(policy: Policy | None) -> str:
+    """A policy without what it leaves at its default."""
+    if policy is None:
+        return "none"
+    if isinstance(policy, StaticMask):
+        return f"StaticMask({len(policy.masks)} masks)"
+    if not dataclasses.is_dataclass(policy):
+        return repr(policy)
+    given = [f for f in dataclasses.fields(policy) if f.init and getattr(policy, f.name) != f.default]
+    return f"{type(policy).__name__}({', '.join(f'{f.name}={getattr(policy, f.name)!r}' for f in given)})"
+
+
+def _cells(row: LayerRow) -> tuple[str, ...]:
+    active = "epoch unknown" if row.active is None else f"{row.active:.1%}"
+    return row.layer, f"{row.parameters:,}", row.policy, row.effect, active

@@ -1,0 +1,366 @@
+"""The life of a masked optimizer: what GradDropAdamW, GradDropSGD and GradDropLion have in common.
+
+A step reads straight down: gather the gradients, ask whether the last plan fits, ask the policies for their numbers,
+one backend call per bucket of tensors, count.
+"""
+
+import _signal
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from . import checkpoint, dispatch, preview, state, validate
+from .buckets import Plan, UpdateBucket, make_buckets
+from .clock import Clock
+from .contract import Mask
+from .cuda_graph import check_not_capturing
+from .groups import Layers, members, policy_of
+from .numbers import DeviceNumbers, HostNumbers
+from .policies import Policy
+from .rules import Rule
+from .tables import group_step
+
+
+class MaskedOptimizer(Optimizer):
+    """An optimizer whose kernel draws the gradient's mask, rescales by 1/q and updates in one pass over memory.
+
+    A subclass names its update rule and gives its signature; its hyperparameters stand in ``defaults``.
+    """
+
+    rule_class: ClassVar[type[Rule]]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        hyperparameters: dict[str, Any],
+        *,
+        capturable: bool,
+        drop: Policy | None,
+        seed: int,
+        steps_per_epoch: int | None,
+        effect: str | None,
+        state_dtype: torch.dtype | None,
+        backend: str,
+    ):
+        dispatch.check_name(backend)
+        validate.state_dtype(state_dtype)
+        self.backend = backend
+        self.state_dtype = state_dtype
+        self._clock = Clock(seed, steps_per_epoch)
+        self._clear()
+        self._switched_off: set[int] = set()  # id(param): its missing gradient is zero (skip_dropped_layers)
+        defaults = {**hyperparameters, "capturable": capturable, "drop": drop, "effect": effect}
+        validate.group_options(defaults, self.rule_class)
+        super().__init__(params, defaults)
+        validate.all_groups(self.param_groups)
+        # as torch's fused optimizers: GradScaler hands over grad_scale and found_inf in place of unscaling
+        self._step_supports_amp_scaling = bool(defaults.get("fused"))
+
+    # What a mask depends on
+
+    @property
+    def seed(self) -> int:
+        return self._clock.seed
+
+    @property
+    def draw(self) -> int:
+        """Steps taken; those that GradScaler skipped do not count. Synchronises under capturable."""
+        for numbers in self._device_numbers.values():
+            self._clock.draw = int(numbers.draw)
+        return self._clock.draw
+
+    @property
+    def epoch(self) -> int | None:
+        """The epoch that the coming step belongs to; None if nobody told."""
+        return self._clock.epoch_at(self.draw + 1)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell which epoch the coming steps belong to, counted from 0. Telling it again changes nothing.
+
+        Raises:
+            RuntimeError: if steps_per_epoch was given. TypeError, ValueError: on what is no epoch.
+        """
+        self._clock.set_epoch(epoch)
+        self._show_clock()
+        for numbers in self._device_numbers.values():
+            numbers.set_epoch(epoch)
+
+    def keep_mask(self, param: Tensor) -> Tensor:
+        """The mask that the coming step applies to ``param``: bool, of its shape (a DTensor for a DTensor).
+
+        Drawn by the reference, whatever the backend.
+
+        Raises:
+            ValueError: if ``param`` is not in this optimizer. RuntimeError: if the epoch is not known.
+        """
+        self._clock.draw = self.draw
+        return preview.keep_mask(self.param_groups, self._clock, param)
+
+    def dropped_layers(self) -> list[Tensor]:
+        """The parameters that the coming step drops as a whole, under LayerGradDrop and GradFreeze."""
+        self._clock.draw = self.draw
+        return preview.dropped_layers(self.param_groups, self._clock)
+
+    # A step
+
+    @torch.compiler.disable  # one graph break; its tables and launches are nothing to trace
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One masked step over all parameters that have a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: if a policy follows epochs that nobody told. TypeError, ValueError: on a gradient that cannot
+                serve, or on a parameter or its state that was changed into what cannot. Parameters and state are then
+                as they were.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        capturable = self._capturable()
+        if not capturable:
+            check_not_capturing()
+            if found_inf is not None:
+                if found_inf.item():
+                    return loss
+                found_inf = None
+        plan = self._fitting_plan()
+        try:
+            prepare = self._prepare_on_devices if capturable else self._prepare_on_host
+            commit = prepare(plan, found_inf)
+            with _UninterruptedByKeyboard():
+                for bucket in plan.buckets:
+                    scale, inf = _to(grad_scale, bucket.device), _to(found_inf, bucket.device)
+                    bucket.backend.update(bucket.batch, bucket.rule, seed=self.seed, grad_scale=scale, found_inf=inf)
+                    bucket.commit()
+                commit()
+        finally:
+            plan.release_gradients()
+        return loss
+
+    def _capturable(self) -> bool:
+        return bool(self.param_groups and self.param_groups[0]["capturable"])
+
+    def _prepare_on_host(self, plan: Plan, found_inf: None) -> Callable[[], None]:
+        """Make every bucket ready for the coming step; returns what counts it."""
+        clock, groups, numbers = self._clock, self.param_groups, plan.numbers
+        draw = clock.next_draw()
+        rows = numbers.at(clock, draw)
+        packed = numbers.packed(rows)
+        for g in packed:
+            rows[g] = rows[g][0]._replace(mask=Mask.PACKED), rows[g][1]
+        for bucket in plan.buckets:
+            if packed:
+                bucket.pack(packed, self.seed)
+            bucket.prepare_on_host(
+                {g: group_step(groups[g], bucket.rule, *rows[g], numbers.effects[g]) for g in bucket.by_group}
+            )
+
+        def commit():
+            clock.draw = groups[0]["draw"] = draw
+
+        return commit
+
+    def _prepare_on_devices(self, plan: Plan, found_inf: Tensor | None) -> Callable[[], None]:
+        groups = self.param_groups
+        for device in {bucket.device for bucket in plan.buckets} - self._device_numbers.keys():
+            self._clock.draw = self.draw  # synchronises, which a capture forbids: only for a device not met before
+            self._device_numbers[device] = DeviceNumbers(groups, plan.layers, self._clock, device)
+        now = {d: numbers.advance(_to(found_inf, d)) for d, numbers in self._device_numbers.items()}
+        for bucket in plan.buckets:
+            pairs = self._device_numbers[bucket.device].pairs
+            bucket.batch.pairs = frozenset().union(*(pairs[group] for group in bucket.by_group))
+            bucket.prepare_on_device(groups, now[bucket.device], _to(found_inf, bucket.device))
+
+        def commit():
+            for numbers in self._device_numbers.values():
+                numbers.commit()
+            if not self._device_numbers:
+                self._clock.draw = self._clock.next_draw()
+
+        return commit
+
+    # Plans
+
+    def _fitting_plan(self) -> Plan:
+        """A plan whose buckets have taken the gradients of now: the last one, unless it no longer fits."""
+        self._check_shown_clock()
+        key = self._plan_key()
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        plan = self._plan
+        if plan is None or not plan.fits(key, params, grads, self.state, self._switched_off):
+            check_not_capturing()
+            if plan is not None and plan.key != key:
+                self._clear()  # device tables hold the groups' schedules
+            plan = self._make_plan(key, params, grads)
+            if not plan.fits(key, params, grads, self.state, self._switched_off):
+                raise AssertionError("a new plan must fit the gradients that it was made for")
+            self._plan = plan
+        return plan
+
+    def _plan_key(self) -> tuple:
+        return tuple(
+            (g["drop"], g["effect"], g.get("layer"), g["capturable"], self.rule_class.of(g)) for g in self.param_groups
+        )
+
+    def _make_plan(self, key: tuple, params: list[Tensor], grads: list[Tensor | None]) -> Plan:
+        groups = self.param_groups
+        every = members(groups)
+        for group in groups:
+            validate.group_options(group, self.rule_class)
+            self._clock.check_epoch_known(policy_of(group))
+        validate.all_groups(groups)
+        rules = [self.rule_class.of(group) for group in groups]
+        wanted = []
+        for i, (member, grad) in enumerate(zip(every, grads, strict=True)):
+            entry = self.state.get(member.param, {})
+            if grad is not None or entry or id(member.param) in self._switched_off:
+                validate.param(member.called, member.param)
+                validate.gradient(member, grad)
+                state.check(member.called, entry, member.param, rules[member.group])
+                wanted.append(i)
+        validate.no_shared_memory([every[i] for i in wanted])
+        buckets = make_buckets(
+            groups,
+            every,
+            wanted,
+            lambda i: (
+                rules[every[i].group],
+                params[i].dtype if grads[i] is None else grads[i].dtype,
+                state.dtype_of(params[i], self.state_dtype),
+            ),
+            lambda p: dispatch.choose_for(self.backend, p),
+            on_device=self._capturable(),
+            bucket_class=UpdateBucket,
+        )
+        for bucket in buckets:
+            dtype = state.dtype_of(bucket.params[0], self.state_dtype)
+            bucket.give_state(state.adopt(bucket.members, self.state, bucket.rule, dtype))
+        stateless = sorted(set(range(len(params))).difference(wanted))
+        layers = Layers.of(groups)
+        numbers = HostNumbers(groups, layers)
+        return Plan(key, params, list(self.state.values()), layers, numbers, buckets, stateless)
+
+    def _clear(self) -> None:
+        """Drop what is derived from groups and tensors; the next step plans anew."""
+        if getattr(self, "_device_numbers", None):
+            self._clock.draw = self.draw
+        self._device_numbers: dict[torch.device, DeviceNumbers] = {}
+        self._plan: Plan | None = None
+
+    # Groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, with ``drop``, ``effect`` and ``layer`` in the group. Raises before anything changes."""
+        checked = validate.new_group(param_group, self.defaults, self.param_groups, self.rule_class)
+        super().add_param_group(checked)
+        self._clear()
+        self._show_clock()
+
+    def _show_clock(self) -> None:
+        """The first group shows seed, draw and epoch: from a flattened state dict torch loads the entries that groups
+        have by then, and no others. They are read nowhere else."""
+        if self.param_groups:
+            self.param_groups[0].update(checkpoint.of_clock(self._clock))
+
+    def _check_shown_clock(self) -> None:
+        if not self.param_groups or self._device_numbers:  # whose draw is known to the device alone
+            return
+        shown, clock = self.param_groups[0], self._clock
+        if shown.get("draw") == clock.draw and shown.get("seed") == clock.seed and shown.get("epoch") == clock.epoch:
+            return
+        for name, value in clock.state().items():
+            if shown.get(name, value) != value:
+                changed = shown[name]
+                self._show_clock()
+                raise ValueError(
+                    f"{name} in a param group must stay {value!r}, got {changed!r} (set back now): the optimizer keeps "
+                    "it elsewhere; construct with seed= or steps_per_epoch=, call set_epoch(), or load a checkpoint"
+                )
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. Groups carry policies as plain numbers and strings, and seed, draw, epoch, steps_per_epoch."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        self._clock.draw = self.draw
+        packed = checkpoint.pack(self.param_groups, self.state, self._clock)
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = hook(self, packed)
+            packed = packed if replaced is None else replaced
+        return packed
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take a checkpoint of ours or of the torch optimizer of the same name.
+
+        The checkpoint's seed, draw, epoch and policies win over the constructor's; what it lacks stays.
+
+        Raises:
+            TypeError, ValueError: naming the entry that is missing, extra, mis-shaped or of a value that cannot be;
+                nothing has changed then.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else dict(replaced)
+        loaded = checkpoint.check(state_dict, self.param_groups, self._clock, self.rule_class)
+        entries = {
+            param: state.restored(param, entry, rule, state.dtype_of(param, self.state_dtype))
+            for param, (entry, rule) in loaded.entries.items()
+        }
+        self._clear()
+        for group, values in zip(self.param_groups, loaded.groups, strict=True):
+            params = group["params"]
+            group.clear()
+            group.update({**values, "params": params})
+        self.state.clear()
+        self.state.update(entries)
+        self._clock = loaded.clock
+        self._show_clock()
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._clock.draw = self.draw
+        mine = ("backend", "state_dtype", "_clock")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in mine}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_switched_off", set())
+        self._device_numbers = {}
+        self._clear()
+
+
+class _UninterruptedByKeyboard:
+    """Holds Ctrl-C back until a step is whole: half of one would leave counts, parameters and state apart."""
+
+    # signal's own functions turn each result into an enum, which takes longer than a small step
+
+    def __enter__(self) -> None:
+        self._pending: list[tuple] = []
+        on_main_thread = threading.get_ident() == threading.main_thread().ident
+        self._handler = _signal.getsignal(_signal.SIGINT) if on_main_thread else None
+        if callable(self._handler):
+            _signal.signal(_signal.SIGINT, lambda *arguments: self._pending.append(arguments))
+
+    def __exit__(self, *_: object) -> None:
+        if callable(self._handler):
+            _signal.signal(_signal.SIGINT, self._handler)
+            if self._pending:
+                self._handler(*self._pending[0])
+
+
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)

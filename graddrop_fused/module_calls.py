@@ -1,0 +1,98 @@
+"""What happens around the calls of a model's modules: something before and after the outermost, and who ran within."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+
+class ModuleCalls:
+    """Calls ``before`` and ``after`` around every outermost call of any module of ``model``, and notes who ran.
+
+    A call is outermost if no other module of the model is running: of the model itself, of the parts that a
+    LightningModule calls one by one, of the blocks that activation checkpointing calls again during backward.
+    ``after`` is called however the call ends, KeyboardInterrupt included.
+
+    Attributes:
+        ran: the modules that were called within the outermost calls for which ``before`` returned True. A compiled
+            module that ran counts with all modules in it, whose calls nobody sees. Whoever reads it clears it.
+
+    Args:
+        model: any module. Pickles and deep copies of it know nothing of this.
+        before: is given the outermost module; whether the call is of interest.
+    """
+
+    def __init__(self, model: nn.Module, before: Callable[[nn.Module], bool], after: Callable[[], None]):
+        self.ran: set[nn.Module] = set()
+        # A compiler that traced what we do would fix today's decision in its graph. It is to pass over us, not over the
+        # modules that we call.
+        torch.compiler.disable(_Call.__call__, recursive=False)
+        self.before, self.after, self.note_all = map(torch.compiler.disable, (before, after, self._note_all))
+        self.running = self.noting = self.removed = False
+        # A compiled model's wrapper would hand the attribute on to the model
+        self._calls = [_Call(self, module) for module in model.modules() if "_orig_mod" not in module._modules]
+
+    def remove(self) -> None:
+        """Leave the model as it was. Calling it again does nothing."""
+        self.removed = True
+        for call in self._calls:
+            call.remove()
+
+    def renew(self) -> None:
+        """Stand again before what `module.compile()` has put in our place meanwhile."""
+        for call in self._calls:
+            if not call.stands():
+                call.install()
+
+    def _note_all(self, module: nn.Module) -> None:
+        self.ran.update(module.modules())
+
+
+class _Call:
+    """Stands in for the call of one module.
+
+    torch looks for ``_compiled_call_impl`` before it runs a module, hooks included; it was made for `module.compile()`
+    and never leaves with a pickle or a copy. Hooks would be left out when KeyboardInterrupt ends a call.
+    """
+
+    def __init__(self, calls: ModuleCalls, module: nn.Module):
+        self.calls, self.module = calls, module
+        self.install()
+
+    def install(self) -> None:
+        self.compiled = self.module._compiled_call_impl
+        self.inner = self.compiled or self.module._call_impl
+        self.module._compiled_call_impl = self
+
+    def stands(self) -> bool:
+        outer = self.module._compiled_call_impl
+        while isinstance(outer, _Call) and outer is not self:
+            outer = outer.compiled
+        return outer is self
+
+    def remove(self) -> None:
+        if self.module._compiled_call_impl is not self:
+            return  # another stands before us, and we let everything through
+        del self.module._compiled_call_impl
+        if self.compiled is not None:
+            self.module._compiled_call_impl = self.compiled
+
+    def __call__(self, *args, **kwargs):
+        calls = self.calls
+        if calls.removed:
+            return self.inner(*args, **kwargs)
+        outermost = not calls.running
+        try:
+            if outermost:
+                calls.running = True
+                calls.noting = calls.before(self.module)
+            if calls.noting and (self.compiled or get_eval_frame_callback()):
+                calls.note_all(self.module)
+            elif calls.noting:
+                calls.ran.add(self.module)
+            return self.inner(*args, **kwargs)
+        finally:
+            if outermost:
+                calls.running = calls.noting = False
+                calls.after()

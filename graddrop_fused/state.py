@@ -1,0 +1,98 @@
+"""The state that a rule keeps per parameter: made, adopted from what stands in optimizer.state, restored."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .groups import Member
+from .rules import Rule
+from .shards import is_dtensor, like, local
+
+Entry = dict[str, Any]
+
+
+def dtype_of(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
+    """The state's dtype: the parameter's unless told otherwise, but float32 for float16, whose squares underflow."""
+    if param.dtype == torch.float64:
+        return torch.float64
+    return state_dtype or (torch.float32 if param.dtype == torch.float16 else param.dtype)
+
+
+def check(called: str, entry: Mapping[str, Any], param: Tensor, rule: Rule) -> None:
+    """Raises TypeError or ValueError, naming the tensor, on state that cannot be ``param``'s. Missing is all right."""
+    if "step" in entry:
+        check_step(f"state 'step' of parameter {called}", entry["step"])
+    for name in rule.states:
+        if name in entry:
+            check_tensor(f"state {name!r} of parameter {called}", entry[name], param)
+            if entry[name].device != param.device:
+                raise ValueError(
+                    f"state {name!r} of parameter {called} must be on its parameter's device {param.device}, got "
+                    f"{entry[name].device}"
+                )
+
+
+def check_tensor(what: str, value: Any, param: Tensor) -> None:
+    """A tensor of real floating-point numbers of the parameter's shape, a DTensor where the parameter is one."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} must be a tensor, got {type(value)}")
+    if not value.dtype.is_floating_point or value.layout is not torch.strided:
+        raise ValueError(f"{what} must be a dense floating-point tensor, got {value.dtype} in layout {value.layout}")
+    if value.shape != param.shape:
+        raise ValueError(f"{what} must have its parameter's shape {tuple(param.shape)}, got {tuple(value.shape)}")
+    if is_dtensor(value) and not is_dtensor(param):
+        raise ValueError(f"{what} must be a plain tensor like its parameter, got a {type(value).__name__}")
+
+
+def check_step(what: str, step: Any) -> None:
+    """A count of steps: one whole number of at least 0."""
+    if isinstance(step, Tensor):
+        if step.numel() != 1 or step.dtype.is_complex or step.dtype == torch.bool:
+            raise ValueError(f"{what} must be one number, got {step.dtype} of shape {tuple(step.shape)}")
+        step = step.item()
+    if isinstance(step, bool) or not isinstance(step, int | float):
+        raise TypeError(f"{what} must be a number, got {step!r}")
+    if not 0 <= step < math.inf or step != int(step) or step >= 2**53:
+        raise ValueError(f"{what} must be a whole number of at least 0, got {step!r}")
+
+
+def complete(entry: Mapping[str, Any], param: Tensor, rule: Rule, dtype: torch.dtype) -> Entry:
+    """What ``entry`` lacks to be the state of ``param``, and what of it must be cast or laid out anew."""
+    found: Entry = {} if "step" in entry else {"step": torch.tensor(0.0, device="cpu")}
+    for name in rule.states:
+        old = entry.get(name)
+        if old is None:
+            found[name] = like(param, dtype).zero_()
+        elif old.dtype != dtype or local(old).stride() != local(param).stride() or _unusual(old, param):
+            found[name] = like(param, dtype).copy_(old)
+    return found
+
+
+def _unusual(state: Tensor, param: Tensor) -> bool:
+    """A DTensor placed otherwise, or a subclass whose memory kernels cannot see."""
+    return is_dtensor(param) and (not is_dtensor(state) or state.placements != param.placements)
+
+
+def adopt(members: Sequence[Member], state: dict[Tensor, Entry], rule: Rule, dtype: torch.dtype) -> list[Entry]:
+    """Each member's entry of ``state``, complete. Nothing has changed if memory runs out."""
+    found = [complete(state.get(m.param, {}), m.param, rule, dtype) for m in members]
+    entries = [state[m.param] for m in members]
+    for entry, missing in zip(entries, found, strict=True):
+        entry.update(missing)
+    return entries
+
+
+def restored(param: Tensor, saved: Mapping[str, Any], rule: Rule, dtype: torch.dtype) -> Entry:
+    """A parameter's state from a checkpoint, in the parameter's layout and the state's own dtype.
+
+    torch casts state to the parameter's dtype as it loads it, which would lose bits under another state_dtype. Copies:
+    what a checkpoint shares with another optimizer or process stays theirs.
+    """
+    entry: Entry = {"step": torch.as_tensor(saved["step"], device="cpu").to(torch.float32, copy=True).reshape(())}
+    for name in rule.states:
+        if name in saved:
+            entry[name] = like(param, dtype).copy_(saved[name])
+    return entry

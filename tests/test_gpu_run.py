@@ -1,0 +1,116 @@
+"""`make gpu` without a GPU: a rehearsal of all stages on the CPU, and what happens when some go wrong."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import gpu_facts, gpu_run
+from benchmarks.gpu_run import ROOT, Stage
+from benchmarks.peers import BASE
+from graddrop_fused import cpu
+
+needs_op = pytest.mark.skipif(
+    cpu.unavailable(torch.device("cpu")) is not None, reason="the native CPU op is not built here"
+)
+
+
+@needs_op
+@pytest.mark.slow
+def test_a_rehearsal_runs_every_stage_and_writes_the_report(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_run", "--rehearse", "--out", tmp_path / "out"]
+    command += ["--report", tmp_path / "run.md"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (tmp_path / "run.md").read_text()
+    for stage in gpu_run.stages("cpu", tmp_path, True):
+        assert f"## {stage.title}" in text
+        if not stage.needs:
+            assert f"| {stage.title} | passed |" in text, done.stdout
+            assert f"--- {stage.title}: passed" in done.stdout
+    assert "self-check passed" in text
+    assert "| test_gpu | 0 | 0 |" in text, "GPU tests skip here"
+    assert f"| {BASE} | 0 + 0 | 0 + 0 |" in text, "a CPU launches nothing"
+    assert "### Side by side" in text and (tmp_path / "run" / "side-by-side.png").exists()
+    first = json.loads((tmp_path / "out" / "compile.out").read_text())
+    assert [row["dtype"] for row in first] == [gpu_facts.FIRST_STEPS[0][1]]
+
+
+def test_without_a_gpu_it_says_so_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        gpu_run.main([])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.startswith("nothing to run: ")
+
+
+def test_a_stage_that_fails_or_hangs_does_not_keep_the_others_from_running(tmp_path, monkeypatch, capsys):
+    say = (sys.executable, "-c")
+    planned = [
+        Stage("check", "Hangs", (*say, "import time; print('begun', flush=True); time.sleep(600)"), 3),
+        Stage("tests", "Fails", (*say, "import sys; print('why', file=sys.stderr); sys.exit(3)"), 60),
+        Stage("host", "Works", (*say, """print('{"small": {"us": {"median": 7, "low": 6, "high": 9}}}')"""), 60),
+        Stage("sanitizer", "Absent", ("nothing",), 60, needs="a program that nobody has"),
+    ]
+    monkeypatch.setattr(gpu_run, "stages", lambda *args: planned)
+    monkeypatch.setattr(gpu_run, "LEAST", 0)
+    monkeypatch.setattr(gpu_run.ours, "unavailable", lambda device: None)
+    began = time.monotonic()
+    assert gpu_run.main(["--rehearse", "--out", str(tmp_path / "out"), "--report", str(tmp_path / "run.md")]) == 1
+    assert time.monotonic() - began < 300
+    text = (tmp_path / "run.md").read_text()
+    assert "| Hangs | stopped at its limit |" in text and "begun" in text
+    assert "| Fails | failed |" in text and "why" in text
+    assert "| Works | passed |" in text and "| us | 7 (6 to 9) |" in text
+    assert "| Absent | left out: there is no a program that nobody has |" in text
+
+
+def test_no_stage_starts_without_time(tmp_path):
+    stage = Stage("check", "Late", (sys.executable, "-c", "raise SystemExit"), 60)
+    assert gpu_run.perform(stage, tmp_path, 1.0).status == "left out: no time was left"
+
+
+def test_all_stages_fit_into_the_time_that_is_promised(tmp_path):
+    limits = [stage.limit for stage in gpu_run.stages("cuda", tmp_path, False)]
+    assert sum(limits) + gpu_run.GRACE <= 25 * 60
+
+
+def test_what_failed_is_named(tmp_path):
+    (tmp_path / "tests.xml").write_text(
+        '<testsuites><testsuite><testcase classname="tests.test_gpu" name="a"/>'
+        '<testcase classname="tests.test_gpu" name="b"><failure message="E  wrong&#10;more"/></testcase>'
+        '<testcase classname="tests.test_gpu" name="c"><skipped message="no"/></testcase></testsuite></testsuites>'
+    )
+    table, failed = gpu_run._tests(tmp_path / "tests.xml")
+    assert "| test_gpu | 1 | 1 | 1 |" in table
+    assert failed == "**Failed:**\n\n- `tests.test_gpu::b`: E  wrong"
+
+
+def test_kernels_and_copies_are_told_apart():
+    on_gpu, on_cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    names = [("adamw_kernel", on_gpu), ("Memcpy HtoD (Pinned -> Device)", on_gpu), ("Memset (Device)", on_gpu)]
+    events = [SimpleNamespace(name=n, device_type=d) for n, d in [*names, ("cudaLaunchKernel", on_cpu)]]
+    assert gpu_facts.count(events) == {"kernels": 1, "copies": 2}
+
+
+@needs_op
+def test_a_peer_that_does_not_run_is_listed(monkeypatch):
+    def broken(tensors):
+        raise OSError("no such library")
+
+    contestant = gpu_facts.cases.CONTESTANTS[BASE]
+    monkeypatch.setitem(gpu_facts.cases.CONTESTANTS, BASE, SimpleNamespace(**{**vars(contestant), "build": broken,
+                                                                              "missing": lambda: None}))  # fmt: skip
+    found = gpu_facts.steps(gpu_facts.tensors_of("small", 3000, "cpu"))
+    assert found[BASE] == "does not run (OSError: no such library)"
+    facts = {"small": {name: f if isinstance(f, str) else {"kernels": 1, "copies": 0} for name, f in found.items()}}
+    *_, table, missing = gpu_run._facts(facts, "kernels + copies", "{kernels} + {copies}", gpu_run.LAUNCHES)
+    assert "| GradDrop | 1 + 0 |" in table and BASE not in table
+    assert f"- {BASE}: does not run" in missing

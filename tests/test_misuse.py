@@ -1,0 +1,780 @@
+"""Wrong use, and rare use: an error that names the tensor and changes nothing, or what torch's own optimizer does.
+
+docs/robustness.md is the table for readers. Where the right value is not an error it comes from torch.optim.AdamW.
+"""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from policy_cases import BACKENDS
+from torch import nn
+
+from graddrop_fused import (
+    GradDrop,
+    GradDropAdamW,
+    GradDropEpoch,
+    GradDropSGD,
+    GradFreeze,
+    LayerGradDrop,
+    Policy,
+    StaticMask,
+    attach,
+    keep_mask,
+    pack_mask,
+    param_groups,
+    policies,
+)
+
+SHAPES = {"a": (17, 23), "b": (33,), "c": (5, 5)}
+
+
+def tensors(seed=0, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def made(backend, **options):
+    params = {name: nn.Parameter(t) for name, t in tensors().items()}
+    optimizer = GradDropAdamW(params.items(), lr=1e-2, backend=backend, **options)
+    give(params)
+    return params, optimizer
+
+
+def give(params, seed=1):
+    for name, grad in tensors(seed, {name: p.shape for name, p in params.items()}).items():
+        params[name].grad = grad.to(params[name].dtype)
+
+
+def everything(params, optimizer):
+    """Copies of all that a refused step must leave alone."""
+    state = {
+        id(p): {k: v.clone() for k, v in entry.items() if isinstance(v, torch.Tensor)}
+        for p, entry in optimizer.state.items()
+    }
+    return {name: p.detach().clone() for name, p in params.items()}, state, optimizer.draw
+
+
+def assert_unchanged(before, params, optimizer):
+    old, states, draw = before
+    assert optimizer.draw == draw
+    for name, p in params.items():
+        assert torch.equal(p.detach(), old[name])
+    for p, entry in optimizer.state.items():
+        for key, value in states.get(id(p), {}).items():
+            assert torch.equal(entry[key], value), key
+
+
+# Addresses: whatever was changed behind the optimizer's back
+
+
+def grow(params, optimizer):
+    params["a"].data = torch.zeros(40, 23)
+
+
+def shrink(params, optimizer):
+    params["a"].data = torch.zeros(3, 23)
+
+
+def empty_storage(params, optimizer):
+    params["a"].untyped_storage().resize_(0)
+
+
+def state_of_another_shape(params, optimizer):
+    optimizer.state[params["a"]]["exp_avg"] = torch.zeros(3)
+
+
+def complex_state(params, optimizer):
+    optimizer.state[params["a"]]["exp_avg"] = torch.zeros(17, 23, dtype=torch.complex64)
+
+
+def list_state(params, optimizer):
+    optimizer.state[params["a"]]["exp_avg"] = [0.0]
+
+
+def meta_state(params, optimizer):
+    optimizer.state[params["a"]]["exp_avg_sq"] = torch.zeros(17, 23, device="meta")
+
+
+def negative_step(params, optimizer):
+    optimizer.state[params["a"]]["step"] = torch.tensor(-1.0)
+
+
+def half_step(params, optimizer):
+    optimizer.state[params["a"]]["step"] = torch.tensor(1.5)
+
+
+def integer_parameter(params, optimizer):
+    params["a"].requires_grad_(False)
+    params["a"].data = torch.zeros(17, 23, dtype=torch.int32)
+
+
+def overlapping(params, optimizer):
+    params["a"].data = torch.zeros(100).as_strided((17, 23), (1, 1))
+
+
+def expanded(params, optimizer):
+    params["a"].data = torch.zeros(1, 23).expand(17, 23)
+
+
+def sharing(params, optimizer):
+    params["c"].data = params["a"].data[:5, :5]
+
+
+BROKEN = [
+    grow,
+    shrink,
+    empty_storage,
+    state_of_another_shape,
+    complex_state,
+    list_state,
+    meta_state,
+    negative_step,
+    half_step,
+    integer_parameter,
+    overlapping,
+    expanded,
+    sharing,
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("change", BROKEN, ids=lambda change: change.__name__)
+def test_what_no_longer_fits_is_refused_by_name(change, backend):
+    params, optimizer = made(backend, drop=GradDrop(0.5))
+    optimizer.step()
+    change(params, optimizer)
+    if change not in (grow, shrink):
+        give({name: p for name, p in params.items() if name != "a"})
+    others = {name: p for name, p in params.items() if name not in ("a", "c")}
+    before = {name: p.detach().clone() for name, p in others.items()}
+    draw, steps = optimizer.draw, [float(optimizer.state[p]["step"]) for p in others.values()]
+    with pytest.raises((TypeError, ValueError), match="'a'"):
+        optimizer.step()
+    assert optimizer.draw == draw and [float(optimizer.state[p]["step"]) for p in others.values()] == steps
+    for name, p in others.items():
+        assert torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_that_change_at_the_same_address(backend):
+    """torch.optim.AdamW keeps its state in the parameter's shape, so a square one may be turned round at any time."""
+    ours, theirs = (nn.Parameter(torch.randn(6, 6, generator=torch.Generator().manual_seed(0))) for _ in range(2))
+    mine = GradDropAdamW([ours], lr=1e-2, backend=backend)
+    reference = torch.optim.AdamW([theirs], lr=1e-2, foreach=False)
+    for step in range(4):
+        for p in (ours, theirs):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        mine.step()
+        reference.step()
+        for p in (ours, theirs):
+            p.data = p.data.t()
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_parameter_turned_round_no_longer_has_its_states_shape(backend):
+    params, optimizer = made(backend)
+    optimizer.step()
+    params["a"].data = params["a"].data.t()
+    params["a"].grad = torch.zeros(23, 17)
+    with pytest.raises(ValueError, match="state 'exp_avg' of parameter 'a' must have its parameter's shape"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_swapped_tensors(backend):
+    params, optimizer = made(backend)
+    optimizer.step()
+    other = nn.Parameter(torch.full((17, 23), 3.0))
+    other.grad = torch.ones(17, 23)
+    torch.utils.swap_tensors(params["a"], other)
+    moments = optimizer.state[params["a"]]["exp_avg"].clone()
+    optimizer.step()
+    assert torch.allclose(optimizer.state[params["a"]]["exp_avg"], moments * 0.9 + 0.1)
+    assert (params["a"] != 3.0).all()
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_with_a_lazy_sign(backend):
+    ours, theirs = nn.Parameter(torch.ones(17, 3)), nn.Parameter(torch.ones(17, 3))
+    for p in (ours, theirs):
+        p.grad = torch.randn(17, 3, dtype=torch.complex64, generator=torch.Generator().manual_seed(3)).conj().imag
+        assert p.grad.is_neg()
+    GradDropAdamW([ours], backend=backend).step()
+    torch.optim.AdamW([theirs], foreach=False).step()
+    torch.testing.assert_close(ours, theirs)
+
+
+class Elsewhere(torch.Tensor):
+    """A wrapper subclass: its elements lie in another tensor, and it has no address."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        def bare(x):
+            return x.inner if isinstance(x, cls) else x
+
+        def wrap(x):
+            return cls(x) if isinstance(x, torch.Tensor) else x
+
+        tree = torch.utils._pytree.tree_map
+        out = function(*tree(bare, args), **tree(bare, kwargs or {}))
+        return args[0] if function.__name__.split(".")[0].endswith("_") else tree(wrap, out)
+
+
+class Marked(torch.Tensor):
+    """An ordinary subclass: its elements lie at its address."""
+
+
+def test_a_wrapper_subclass_as_parameter_goes_to_the_reference():
+    inner = torch.randn(17, 3, generator=torch.Generator().manual_seed(0))
+    theirs = nn.Parameter(inner.clone())
+    ours = nn.Parameter(Elsewhere(inner.clone()))
+    grad = torch.randn(17, 3, generator=torch.Generator().manual_seed(1))
+    ours.grad, theirs.grad = Elsewhere(grad), grad
+    optimizer = GradDropAdamW([("w", ours)], lr=1e-2)
+    optimizer.step()
+    torch.optim.AdamW([theirs], lr=1e-2, foreach=False).step()
+    assert torch.allclose(ours.data.inner if hasattr(ours.data, "inner") else ours.inner, theirs.detach())
+    with pytest.raises(RuntimeError, match="class|subclass"):
+        GradDropAdamW([("w", ours)], backend="cpu").step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_subclasses_as_gradients(backend):
+    params, optimizer = made(backend)
+    truth, expected = made(backend)
+    params["b"].grad = params["b"].grad.as_subclass(Marked)
+    optimizer.step()
+    expected.step()
+    assert torch.equal(params["b"], truth["b"])
+    give(params, 2)
+    params["a"].grad = Elsewhere(torch.zeros(17, 23))
+    before = everything(params, optimizer)
+    with pytest.raises(ValueError, match="gradient of parameter 'a' must be an ordinary tensor"):
+        optimizer.step()
+    assert_unchanged(before, params, optimizer)
+
+
+def test_inference_tensors():
+    with torch.inference_mode():
+        frozen = torch.zeros(3)
+    with pytest.raises(ValueError, match="'w'.*inference"):
+        GradDropAdamW([("w", frozen)])
+
+
+def test_empty_tensors_of_any_stride():
+    empty = torch.empty(0).as_strided((0, 4), (0, 0))
+    params = [("e", nn.Parameter(empty)), ("w", nn.Parameter(torch.ones(3)))]
+    optimizer = GradDropAdamW(params)
+    for _, p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert optimizer.draw == 1
+
+
+# A refused or interrupted step
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("failure", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["torch.empty", "pack", "update"])
+def test_half_a_step_is_none(backend, failure, where, monkeypatch):
+    """What fails before the kernel is called leaves counts, parameters and state of one step before."""
+    params, optimizer = made(backend, drop=GradDropEpoch(0.5, toggle=True))
+    optimizer.set_epoch(0)
+    optimizer.step()
+    optimizer.set_epoch(1)
+    give(params, 2)
+    before = everything(params, optimizer)
+    module = optimizer._plan.buckets[0].backend
+
+    def fail(*_, **__):
+        raise failure
+
+    with monkeypatch.context() as broken:
+        if where == "torch.empty":
+            for bucket in optimizer._plan.buckets:
+                bucket.batch.packed = [None] * len(bucket.batch.packed)
+            broken.setattr(torch, "empty", fail)
+        else:
+            broken.setattr(module, where, fail)
+        with pytest.raises(failure):
+            optimizer.step()
+    assert_unchanged(before, params, optimizer)
+    truth, expected = made(backend, drop=GradDropEpoch(0.5, toggle=True))
+    expected.set_epoch(0)
+    expected.step()
+    expected.set_epoch(1)
+    give(truth, 2)
+    for o in (optimizer, expected):
+        o.step()
+    for name in params:
+        assert torch.equal(params[name], truth[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_refused_step_keeps_no_gradient_alive(backend):
+    import weakref
+
+    params, optimizer = made(backend, drop=GradDrop(0.5))
+    optimizer.step()
+    give(params, 2)
+    params["c"].grad = torch.zeros(5, 5).to_sparse()
+    grad = weakref.ref(params["a"].grad)
+    with pytest.raises(ValueError, match="'c'"):
+        optimizer.step()
+    params["a"].grad = None
+    assert grad() is None
+
+
+def test_ctrl_c_in_a_step_waits_for_its_end():
+    import os
+    import signal
+
+    params, optimizer = made("reference", drop=GradDrop(0.5))
+    module = dispatch_reference()
+    right = module.update
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        right(*args, **kwargs)
+
+    module.update = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    finally:
+        module.update = right
+    truth, expected = made("reference", drop=GradDrop(0.5))
+    expected.step()
+    assert optimizer.draw == 1
+    for name in params:
+        assert torch.equal(params[name], truth[name])
+
+
+def dispatch_reference():
+    from graddrop_fused import reference
+
+    return reference
+
+
+# Groups
+
+
+def test_groups_show_live_values_and_refuse_others():
+    params, optimizer = made("reference", drop=GradDrop(0.5), seed=7)
+    for _ in range(5):
+        optimizer.step()
+    assert optimizer.param_groups[0]["draw"] == 5 and "draw: 5" in repr(optimizer)
+    optimizer.param_groups[0]["seed"] = 99
+    with pytest.raises(ValueError, match="seed in a param group must stay 7, got 99"):
+        optimizer.step()
+    assert optimizer.draw == 5
+    optimizer.step()
+    assert optimizer.draw == 6
+
+
+@pytest.mark.parametrize(
+    "group, message",
+    [
+        ({"params": [("a", nn.Parameter(torch.ones(2)))]}, "both called 'a'"),
+        ({"params": [("module.a", nn.Parameter(torch.ones(2)))]}, "'a' and 'module.a'"),
+        ({"params": [("d", nn.Parameter(torch.ones(2)))], "drop": StaticMask([torch.ones(3) > 0])}, "whole shape"),
+        ({"params": [("d", nn.Parameter(torch.ones(2)))], "lr": -1.0}, "lr must be"),
+        ({"params": [("d", nn.Parameter(torch.ones(2)))], "layer": 3}, "layer must be"),
+    ],
+    ids=["same-name", "canonical-name", "static-mask", "lr", "layer"],
+)
+def test_a_group_that_cannot_be_added_changes_nothing(group, message):
+    params, optimizer = made("reference", drop=GradDrop(0.5))
+    optimizer.step()
+    groups = [dict(g) for g in optimizer.param_groups]
+    before = everything(params, optimizer)
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.add_param_group(group)
+    assert [dict(g) for g in optimizer.param_groups] == groups
+    assert_unchanged(before, params, optimizer)
+    optimizer.step()
+
+
+# Checkpoints and their hooks
+
+
+def test_hooks_of_state_dicts_are_called_as_torch_calls_them():
+    params, optimizer = made("reference", drop=GradDrop(0.5))
+    optimizer.step()
+    saved = optimizer.state_dict()
+    calls = []
+    optimizer.register_state_dict_pre_hook(lambda o: calls.append("state pre"))
+    optimizer.register_state_dict_post_hook(lambda o, s: {**s, "more": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda o, s: {k: v for k, v in s.items() if k != "extra"})
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("load post"))
+    assert optimizer.state_dict()["more"] == 1
+    optimizer.load_state_dict({**saved, "extra": 5})
+    assert calls == ["state pre", "load post"]
+
+
+def test_a_pre_hook_may_reorder_parameters():
+    params, optimizer = made("reference")
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["params"] = [0, 2, 1]
+    saved["state"] = {0: saved["state"][0], 2: saved["state"][1], 1: saved["state"][2]}
+    other = made("reference")[1]
+
+    def reorder(_, state):
+        state = copy.deepcopy(state)
+        state["param_groups"][0]["params"] = [0, 1, 2]
+        state["state"] = {0: state["state"][0], 1: state["state"][2], 2: state["state"][1]}
+        return state
+
+    other.register_load_state_dict_pre_hook(reorder)
+    other.load_state_dict(saved)
+    mine, theirs = (list(o.state.values()) for o in (optimizer, other))
+    assert [tuple(e["exp_avg"].shape) for e in theirs] == [tuple(e["exp_avg"].shape) for e in mine]
+
+
+def test_older_torch_checkpoints_lack_options():
+    truth = {name: nn.Parameter(t) for name, t in tensors().items()}
+    theirs = torch.optim.AdamW(truth.values(), lr=3e-3)
+    give(truth)
+    theirs.step()
+    saved = theirs.state_dict()
+    for name in ("capturable", "foreach", "fused", "differentiable", "maximize", "decoupled_weight_decay"):
+        saved["param_groups"][0].pop(name, None)
+    params, optimizer = made("reference", maximize=True)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["maximize"] is True and optimizer.param_groups[0]["lr"] == 3e-3
+    assert optimizer.draw == 1
+
+
+WRONG_VALUES = {
+    "step -1": lambda s: s["state"][0].update(step=torch.tensor(-1.0)),
+    "step nan": lambda s: s["state"][0].update(step=torch.tensor(float("nan"))),
+    "step 1.5": lambda s: s["state"][0].update(step=1.5),
+    "step text": lambda s: s["state"][0].update(step="many"),
+    "complex moment": lambda s: s["state"][0].update(exp_avg=torch.zeros(17, 23, dtype=torch.complex64)),
+    "integer moment": lambda s: s["state"][0].update(exp_avg=torch.zeros(17, 23, dtype=torch.int64)),
+    "list moment": lambda s: s["state"][0].update(exp_avg=[1.0]),
+    "no moment": lambda s: s["state"][0].pop("exp_avg"),
+    "drop 5": lambda s: s["param_groups"][0].update(drop=5),
+    "drop nonsense": lambda s: s["param_groups"][0].update(drop={"policy": "Nonsense"}),
+    "drop argument": lambda s: s["param_groups"][0].update(drop={"policy": "GradDrop", "q": 1}),
+    "seed": lambda s: s["param_groups"][0].update(seed=-1),
+    "draw": lambda s: s["param_groups"][0].update(draw=2**32),
+    "epoch": lambda s: s["param_groups"][0].update(epoch="first"),
+    "mask stream": lambda s: s["param_groups"][0].update(mask_stream=1),
+    "no mask stream": lambda s: s["param_groups"][0].pop("mask_stream"),
+    "betas": lambda s: s["param_groups"][0].update(betas=(0.9, 2.0)),
+    "lr": lambda s: s["param_groups"][0].update(lr="fast"),
+    "params": lambda s: s["param_groups"][0].update(params=5),
+    "state": lambda s: s.update(state=[1]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_wrong_values_in_a_checkpoint_change_nothing(name):
+    params, optimizer = made("reference", drop=GradDrop(0.5))
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    WRONG_VALUES[name](saved)
+    before = everything(params, optimizer)
+    with pytest.raises((TypeError, ValueError)):
+        optimizer.load_state_dict(saved)
+    assert_unchanged(before, params, optimizer)
+    optimizer.step()
+
+
+def test_whatever_is_accepted_can_be_saved_and_loaded_again():
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed: torch works without it")
+    params, optimizer = made("reference", drop=GradDrop(p=numpy.float64(0.25)))
+    optimizer.param_groups[0]["lr"] = numpy.float64(0.5)
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    other = made("reference", drop=GradDrop(0.5))[1]
+    other.load_state_dict(loaded)
+    assert other.param_groups[0]["drop"] == GradDrop(0.25) and other.param_groups[0]["lr"] == 0.5
+
+
+def test_step_counts_in_shared_memory_become_private():
+    params, optimizer = made("reference")
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for entry in saved["state"].values():
+        for tensor in entry.values():
+            tensor.share_memory_()
+    other_params, other = made("reference")
+    other.load_state_dict(saved)
+    other.step()
+    assert float(saved["state"][0]["step"]) == 1.0
+    assert not any(t.is_shared() for entry in other.state.values() for t in entry.values())
+
+
+# Policies
+
+
+def test_layer_policies_without_layers_are_an_error_that_says_what_to_do():
+    for drop in (GradFreeze("top-down"), LayerGradDrop(0.5)):
+        with pytest.raises(ValueError, match=r"param_groups\(model"):
+            GradDropAdamW(nn.Linear(3, 3).named_parameters(), drop=drop)
+        with pytest.raises(ValueError, match=r"param_groups\(model"):
+            attach(torch.optim.SGD(nn.Linear(3, 3).parameters()), drop)
+
+
+def test_a_policy_that_no_checkpoint_could_hold_is_refused_at_once():
+    class Plain(Policy):
+        def row(self, index, layer, layers):
+            return policies.KEEP
+
+    with pytest.raises(TypeError, match="Plain must be a frozen dataclass"):
+        GradDropAdamW(nn.Linear(3, 3).parameters(), drop=Plain())
+
+
+def test_a_static_mask_is_copied():
+    mask = torch.tensor([True, False, True])
+    p = nn.Parameter(torch.ones(3))
+    optimizer = GradDropAdamW([("w", p)], drop=StaticMask({"w": mask}), effect="freeze", weight_decay=0.5)
+    mask.fill_(True)
+    assert optimizer.keep_mask(p).tolist() == [True, False, True]
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert (p != 1.0).tolist() == [True, False, True]
+
+
+# attach()
+
+
+def attached(policy=None, optimizer=torch.optim.SGD, **options):
+    params = {name: nn.Parameter(t) for name, t in tensors().items()}
+    sgd = optimizer(params.values(), lr=1.0)
+    handle = attach(sgd, GradDrop(0.5) if policy is None else policy, **options)
+    return params, sgd, handle
+
+
+@pytest.mark.parametrize("as_keyword", [False, True])
+def test_gradients_of_a_closure_are_masked(as_keyword):
+    params, sgd, handle = attached()
+    masks = {name: handle.keep_mask(p) for name, p in params.items()}
+
+    def closure():
+        sgd.zero_grad()
+        loss = sum(p.sum() for p in params.values())
+        loss.backward()
+        return loss
+
+    sgd.step(closure=closure) if as_keyword else sgd.step(closure)
+    start = tensors()
+    for name, p in params.items():
+        assert torch.equal(p.detach() != start[name], masks[name])
+        assert torch.allclose(p.detach(), start[name] - 2.0 * masks[name])
+    assert handle.draw == 1
+
+
+def test_all_calls_of_a_closure_in_one_step_share_a_mask():
+    params, lbfgs, handle = attached(optimizer=torch.optim.LBFGS)
+    seen = []
+
+    def closure():
+        lbfgs.zero_grad()
+        loss = sum((p**2).sum() for p in params.values())
+        loss.backward()
+        return loss
+
+    mask = handle.keep_mask(params["a"])
+    original = handle._mask
+    handle._mask = lambda draw: (original(draw), seen.append(params["a"].grad != 0))
+    lbfgs.step(closure)
+    assert handle.draw == 1 and len(seen) > 1
+    for kept in seen:
+        assert not kept[~mask].any()
+
+
+def test_attach_twice_and_to_ours_is_refused():
+    params, sgd, handle = attached()
+    with pytest.raises(ValueError, match="attached already"):
+        attach(sgd, GradDrop(0.5))
+    handle.remove()
+    attach(sgd, GradDrop(0.5)).remove()
+    with pytest.raises(TypeError, match="masks by itself"):
+        attach(GradDropSGD(params.values()), GradDrop(0.5))
+
+
+@pytest.mark.parametrize("change", [grow, shrink], ids=["grown", "shrunk"])
+def test_attach_follows_a_parameter_that_is_replaced(change):
+    params, sgd, handle = attached()
+    give(params)
+    sgd.step()
+    params["a"].grad = None
+    change(params, None)
+    give(params, 2)
+    masks = {name: handle.keep_mask(p) for name, p in params.items()}
+    before = {name: p.detach().clone() for name, p in params.items()}
+    sgd.step()
+    for name, p in params.items():
+        assert torch.equal(p.detach() != before[name], masks[name])
+
+
+def test_attach_leaves_groups_without_a_policy_alone():
+    embedding = nn.Embedding(10, 3, sparse=True)
+    linear = nn.Linear(3, 2)
+    sgd = torch.optim.SGD([{"params": embedding.parameters(), "drop": None}, {"params": linear.parameters()}], lr=1.0)
+    attach(sgd, GradDrop(0.5))
+    linear(embedding(torch.tensor([1, 2]))).sum().backward()
+    sgd.step()
+
+
+def test_checkpoints_of_an_optimizer_with_masks_attached_are_plain():
+    params = {name: nn.Parameter(t) for name, t in tensors().items()}
+    sgd = torch.optim.SGD([{"params": list(params.values()), "drop": GradDrop(0.5), "layer": "only"}], lr=1.0)
+    old = sgd.state_dict()
+    old["param_groups"][0] = {k: v for k, v in old["param_groups"][0].items() if k not in ("drop", "layer")}
+    handle = attach(sgd)
+    file = io.BytesIO()
+    torch.save(sgd.state_dict(), file)
+    file.seek(0)
+    sgd.load_state_dict(torch.load(file, weights_only=True))
+    sgd.load_state_dict(old)  # that an older checkpoint has no policy drops none
+    mask = handle.keep_mask(params["a"])
+    give(params)
+    sgd.step()
+    assert torch.equal(params["a"].detach() != tensors()["a"], mask) and not mask.all()
+    handle.remove()
+    assert sgd.param_groups[0]["drop"] == GradDrop(0.5)
+
+
+def test_attach_does_not_plan_anew_when_gradients_come_and_go():
+    params, sgd, handle = attached(GradDropEpoch(0.5, toggle=True))
+    handle.set_epoch(0)
+    give(params)
+    sgd.step()
+    buckets = handle._buckets
+    packed = buckets[0].packed_with
+    for step in range(4):
+        give(params, step)
+        params["b"].grad = None if step % 2 else params["b"].grad
+        mask = handle.keep_mask(params["a"])
+        before = params["a"].detach().clone()
+        sgd.step()
+        assert handle._buckets is buckets and buckets[0].packed_with is packed
+        assert torch.equal(params["a"].detach() != before, mask)
+
+
+# torch's machinery
+
+
+def test_backward_through_changed_weights_is_an_error():
+    for backend in BACKENDS:
+        p = nn.Parameter(torch.ones(3))
+        optimizer = GradDropAdamW([p], backend=backend)
+        loss = (p**2).sum()
+        loss.backward(retain_graph=True)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("what", ["step", "training step"])
+def test_torch_compile_before_the_first_eager_step(what):
+    """One graph break, no error. The backend "eager" compiles nothing, but traces all."""
+    torch._dynamo.reset()
+    model, truth = nn.Linear(3, 2), nn.Linear(3, 2)
+    truth.load_state_dict(model.state_dict())
+    optimizer = GradDropAdamW(model.parameters(), lr=1e-2)
+    expected = torch.optim.AdamW(truth.parameters(), lr=1e-2, foreach=False)
+    x = torch.ones(4, 3)
+
+    def train():
+        optimizer.zero_grad()
+        model(x).pow(2).sum().backward()
+        optimizer.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo's own
+        compiled = torch.compile(train if what == "training step" else optimizer.step, backend="eager")
+        for _ in range(3):
+            if what == "step":
+                optimizer.zero_grad()
+                model(x).pow(2).sum().backward()
+            compiled()
+            expected.zero_grad()
+            truth(x).pow(2).sum().backward()
+            expected.step()
+    for p, q in zip(model.parameters(), truth.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    assert optimizer.draw == 3
+
+
+def test_another_default_device():
+    params, optimizer = made("reference", drop=GradDropEpoch(0.5, toggle=True), steps_per_epoch=2)
+    truth, expected = made("reference", drop=GradDropEpoch(0.5, toggle=True), steps_per_epoch=2)
+    with torch.device("meta"):
+        for _ in range(3):
+            optimizer.step()
+        saved = optimizer.state_dict()
+        optimizer.load_state_dict(saved)
+        assert optimizer.keep_mask(params["a"]).device.type == "cpu"
+    for _ in range(3):
+        expected.step()
+    for name in params:
+        assert torch.equal(params[name], truth[name])
+
+
+def test_amp_support_is_the_instances_and_for_fused_alone():
+    assert not hasattr(GradDropAdamW, "_step_supports_amp_scaling")
+    assert not getattr(made("reference")[1], "_step_supports_amp_scaling", False)
+    assert made("reference", fused=True)[1]._step_supports_amp_scaling
+
+
+# Small
+
+
+def test_wrong_types_say_what_is_expected():
+    params, optimizer = made("reference", drop=GradDrop(0.5))
+    with pytest.raises(TypeError, match="param must be"):
+        optimizer.keep_mask(None)
+    with pytest.raises(TypeError, match="mask must be"):
+        pack_mask([True, False])
+    with pytest.raises(TypeError, match="model must be"):
+        param_groups(3)
+    with pytest.raises(ValueError, match="draw must be in"):
+        keep_mask((3,), 0.5, draw=2**32)
+
+
+def test_a_draw_that_would_reach_32_bits_is_refused():
+    params, optimizer = made("reference", drop=GradDrop(0.5))
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["draw"] = 2**32 - 1
+    optimizer.load_state_dict(saved)
+    before = everything(params, optimizer)
+    with pytest.raises(OverflowError, match="2\\*\\*32"):
+        optimizer.step()
+    assert_unchanged(before, params, optimizer)
+
+
+def test_errors_name_parameters_as_they_were_given():
+    with pytest.raises(ValueError, match="'a.weight' and 'module.a.weight'"):
+        GradDropAdamW([("a.weight", nn.Parameter(torch.ones(1))), ("module.a.weight", nn.Parameter(torch.ones(1)))])
+
+
+def test_pickles_of_everything():
+    params, optimizer = made("reference", drop=GradDrop(0.5))
+    optimizer.step()
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert twin.draw == 1 and twin.param_groups[0]["drop"] == GradDrop(0.5)
