@@ -111,7 +111,7 @@ def pack(batch: Batch, *, seed: int) -> None:
             layout=tables.layout_now(batch),
             integers=_numbers(batch, device)[0],
             seed=seed,
-            KINDS=_bits(batch.integers[:, Integer.MASK].tolist()),
+            KINDS=kinds_and_effects(batch)["KINDS"] | 1 << Mask.DROP,
             **tables.indexing,
             **pack_sizes(_warp_size(device)),
             **OPTIONS,
@@ -167,15 +167,16 @@ def pack_sizes(warp_size: int) -> dict[str, int]:
 def kinds_and_effects(batch: Batch) -> dict[str, int]:
     """What kernels are specialised on: a bit for each Mask and Effect that may occur.
 
-    Where the batch does not say what its schedules can reach, that is what occurs now and KEEP, where most of them end:
-    else a kernel would be compiled in the middle of a training.
+    Where the batch does not say what its schedules can reach, KEEP and DROP are added to what occurs now: most of them
+    end in one of the two, and a kernel would be compiled in the middle of a training.
     """
+    left_alone = {(Mask.DROP, Effect.FREEZE)}  # not counted: it comes and goes with gradients
     pairs = batch.pairs
     if pairs is None:
-        pairs = {(m, e) for m, e in batch.integers[:, [Integer.MASK, Integer.EFFECT]].tolist()}
-        pairs |= {(Mask.KEEP, e) for _, e in pairs}
-    # what a step leaves alone is not counted: it comes and goes with gradients
-    pairs = pairs - {(Mask.DROP, Effect.FREEZE)}
+        pairs = {(m, e) for m, e in batch.integers[:, [Integer.MASK, Integer.EFFECT]].tolist()} - left_alone
+        effects = {effect for _, effect in pairs} or {Effect.FREEZE}
+        pairs |= {(mask, effect) for mask in (Mask.KEEP, Mask.DROP) for effect in effects}
+    pairs = pairs - left_alone
     return {"KINDS": _bits(mask for mask, _ in pairs), "EFFECTS": _bits(effect for _, effect in pairs)}
 
 
