@@ -13,6 +13,7 @@
 #include "level.h"
 #include "oracle.h"
 #include "stretch.h"
+#include "subnormals.h"
 
 namespace {
 
@@ -61,6 +62,7 @@ void for_all(const Level& level, const Call& call, OnStretch on_stretch) {
   const int64_t shares = (total + share - 1) / share;
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
+    const FlushSubnormals flush;
     for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < shares;) {
       const int64_t first = k * share, last = std::min(total, first + share);
       auto t = std::upper_bound(ends.begin(), ends.end(), first) - ends.begin();
@@ -107,6 +109,7 @@ void update(Tensor layout, Tensor integers, Tensor reals, int64_t rule, int64_t 
   STD_TORCH_CHECK(name.name != nullptr, "there is no rule number ", rule);
   call.states = name.states;
   if (level != ORACLE) return for_all(level_at(level), call, update_stretch);
+  const FlushSubnormals flush;
   STD_TORCH_CHECK(oracle_update(call, name.name), "the oracle has no rule ", name.name);
 }
 
