@@ -26,7 +26,7 @@ DTYPES = {"fp32": (F32, F32, F32), "bf16, fp32 state": (BF16, BF16, F32), "bf16"
 MASKS = {
     "none": [Mask.KEEP],
     "element": [Mask.ELEMENT],
-    "element or none": [Mask.ELEMENT, Mask.KEEP],
+    "element or none": [Mask.ELEMENT, Mask.KEEP, Mask.DROP],
     "block": [Mask.BLOCK],
     "packed": [Mask.PACKED],
     "layer": [Mask.LAYER],
