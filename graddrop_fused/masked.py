@@ -70,7 +70,7 @@ class MaskedOptimizer(Optimizer):
     def draw(self) -> int:
         """Steps taken; those that GradScaler skipped do not count. Synchronises under capturable."""
         for numbers in self._device_numbers.values():
-            self._clock.draw = int(numbers.draw)
+            self._clock.draw = self.param_groups[0]["draw"] = int(numbers.draw)
         return self._clock.draw
 
     @property
@@ -184,7 +184,7 @@ class MaskedOptimizer(Optimizer):
             for numbers in self._device_numbers.values():
                 numbers.commit()
             if not self._device_numbers:
-                self._clock.draw = self._clock.next_draw()
+                self._clock.draw = groups[0]["draw"] = self._clock.next_draw()
 
         return commit
 
@@ -275,10 +275,10 @@ class MaskedOptimizer(Optimizer):
     def _check_shown_clock(self) -> None:
         if not self.param_groups or self._device_numbers:  # whose draw is known to the device alone
             return
-        shown, clock = self.param_groups[0], self._clock
-        if shown.get("draw") == clock.draw and shown.get("seed") == clock.seed and shown.get("epoch") == clock.epoch:
+        shown, clock = self.param_groups[0], self._clock.state()
+        if all([shown.get(name) == value for name, value in clock.items()]):
             return
-        for name, value in clock.state().items():
+        for name, value in clock.items():
             if shown.get(name, value) != value:
                 changed = shown[name]
                 self._show_clock()
