@@ -66,7 +66,7 @@ class MaskHandle:
         _check(groups)
         if drop is not None and all(policy_of(group) is not drop for group in groups):
             raise ValueError(
-                f"drop must be of use to a group, and every group has a 'drop' of its own (None keeps everything): leave "
+                f"drop must be of use to a group, and every group has a 'drop' of its own (None keeps all): leave "
                 f"drop={drop!r} out, or the groups' own"
             )
         self._take_over()

@@ -51,7 +51,8 @@ class MaskedOptimizer(Optimizer):
         self.backend = backend
         self.state_dtype = state_dtype
         self._clock = Clock(seed, steps_per_epoch)
-        self._clear()
+        self._plan: Plan | None = None
+        self._device_numbers: dict[torch.device, DeviceNumbers] = {}
         self._switched_off: set[int] = set()  # id(param): its missing gradient is zero (skip_dropped_layers)
         defaults = {**hyperparameters, "capturable": capturable, "drop": drop, "effect": effect}
         validate.group_options(defaults, self.rule_class)
@@ -252,10 +253,10 @@ class MaskedOptimizer(Optimizer):
 
     def _clear(self) -> None:
         """Drop what is derived from groups and tensors; the next step plans anew."""
-        if getattr(self, "_device_numbers", None):
+        if self._device_numbers:
             self._clock.draw = self.draw
-        self._device_numbers: dict[torch.device, DeviceNumbers] = {}
-        self._plan: Plan | None = None
+        self._device_numbers = {}
+        self._plan = None
 
     # Groups
 
@@ -295,8 +296,8 @@ class MaskedOptimizer(Optimizer):
             hook(self)
         self._clock.draw = self.draw
         packed = checkpoint.pack(self.param_groups, self.state, self._clock)
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            replaced = hook(self, packed)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, packed)
             packed = packed if replaced is None else replaced
         return packed
 
@@ -311,8 +312,8 @@ class MaskedOptimizer(Optimizer):
                 nothing has changed then.
         """
         state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = hook(self, state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else dict(replaced)
         loaded = checkpoint.check(state_dict, self.param_groups, self._clock, self.rule_class)
         entries = {
@@ -340,7 +341,7 @@ class MaskedOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_switched_off", set())
         self._device_numbers = {}
-        self._clear()
+        self._plan = None
 
 
 class _UninterruptedByKeyboard:
