@@ -96,21 +96,24 @@ class ReleasedGradients:
             RuntimeError: between a backward pass and ``optimizer.step()``.
         """
         self.check_whole("remove()")
-        self._leave()
+        self.abandon()
 
     def __enter__(self) -> "ReleasedGradients":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        self.remove() if kind is None else self._leave()
+        self.remove() if kind is None else self.abandon()
 
-    def _leave(self) -> None:
-        """End it, in the middle of a step too: an interrupted one is not taken up again."""
+    def abandon(self) -> None:
+        """As remove(), in the middle of a step too: one that was interrupted is not taken up again."""
         if self._removed:
             return
         self._removed = True
         for hook in [*self._hooks.values(), self._others, *filter(None, [self._forward])]:
             hook.remove()
+        self._forget()
+
+    def _forget(self) -> None:
         if self._optimizer._inside_backward is self:
             self._optimizer._inside_backward = None
 
@@ -142,8 +145,9 @@ class ReleasedGradients:
         task = torch._C._current_graph_task_id()
         if self._within is not None and task != self._task:
             self._running = _is_running(self._within)
-            if not self._running:
-                self._optimizer._inside_backward = None
+            if not self._running:  # hooks stay, and do nothing: torch goes through them at this moment
+                self._begun = False
+                self._forget()
         self._task = task
         return self._running
 
