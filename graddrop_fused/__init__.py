@@ -12,6 +12,7 @@ from .mask_stream import keep_mask, pack_mask, philox4x32, unpack_mask
 from .policies import GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, Policy, StaticMask
 from .policy_text import policy, policy_to_text
 from .release import release_gradients
+from .rows import skip_dropped_rows
 from .schedules import LinearAnneal, Schedule
 from .sgd import GradDropSGD
 from .skip import skip_dropped_layers
@@ -41,5 +42,6 @@ __all__ = [
     "policy_to_text",
     "release_gradients",
     "skip_dropped_layers",
+    "skip_dropped_rows",
     "unpack_mask",
 ]

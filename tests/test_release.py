@@ -208,7 +208,7 @@ def test_gradients_of_one_layer_are_alive_at_a_time():
         for param in model.parameters():
             param.register_post_accumulate_grad_hook(watch)
         handle = release_gradients(model, opt) if release else None
-        for step in range(3):
+        for _ in range(3):
             peaks.clear()
             ids = torch.arange(8).reshape(2, 4)
             model(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
