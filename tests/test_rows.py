@@ -198,6 +198,25 @@ def test_with_released_gradients(effect):
     assert_close(plain, model, *opts)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_what_nobody_reads_is_not_written(backend, monkeypatch):
+    """Gradients that are released under "freeze": dropped rows are left as memory came, here with NaN."""
+    plain, model = build(), build()
+    opts = [make(m, POLICIES["drawn"], effect="freeze", backend=backend) for m in (plain, model)]
+    train(plain, opts[0])
+    poisoned = []
+
+    def poison(tensor):
+        poisoned.append(torch.full_like(tensor, float("nan")))
+        return poisoned[-1]
+
+    with skip_dropped_rows(model, opts[1]), release_gradients(model, opts[1]), monkeypatch.context() as patched:
+        patched.setattr(torch, "empty_like", poison)
+        train(model, opts[1])
+    assert poisoned
+    assert_close(plain, model, *opts)
+
+
 @pytest.mark.parametrize("rows_first", [True, False])
 def test_with_skipped_layers(rows_first):
     """Groups of two policies: one drops rows, the other layers."""
