@@ -28,6 +28,7 @@ LONG = {
     "make wheel": "downloads tools; tests/test_packaging.py builds wheels",
     "make fuzz": "hours",
     "make sanitize": "minutes",
+    "python -m pytest tests/": "a part of this suite",
     "pip ": "changes the environment; tests/test_packaging.py installs",
     "python -m benchmarks": "minutes; tests/test_benchmarks.py runs it in its smallest size",
     "python -m benchmarks.crosslingual": "hours; tests/test_crosslingual_runs.py runs it with tiny models",
