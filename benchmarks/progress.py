@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 def each(items: list[T], label: str, unit: str) -> Iterator[T]:
     """The items, in a bar. A log gets a line as each begins."""
-    if _on_terminal():
+    if on_terminal():
         yield from tqdm(items, desc=label, unit=unit)
         return
     for i, item in enumerate(items, 1):
@@ -19,14 +19,15 @@ def each(items: list[T], label: str, unit: str) -> Iterator[T]:
         yield item
 
 
-def bar(total: int, label: str, unit: str, initial: int = 0) -> tqdm:
-    """A bar inside a step of work, which goes when it is closed. A log gets nothing of it."""
-    return tqdm(total=total, initial=initial, desc=label, unit=unit, leave=False, disable=not _on_terminal())
+def bar(total: int, label: str, unit: str, initial: int = 0, leave: bool = False) -> tqdm:
+    """A bar inside a step of work, which goes when it is closed unless it is to ``leave``. A log gets nothing of it."""
+    off = not on_terminal()
+    return tqdm(total=total, initial=initial, desc=label, unit=unit, leave=leave, disable=off, dynamic_ncols=True)
 
 
 def note(line: str) -> None:
     """For a log alone: what a bar shows on a terminal."""
-    if not _on_terminal():
+    if not on_terminal():
         say(line)
 
 
@@ -37,5 +38,5 @@ def say(*lines: str) -> None:
     sys.stdout.flush()
 
 
-def _on_terminal() -> bool:
+def on_terminal() -> bool:
     return sys.stderr.isatty()

@@ -79,7 +79,7 @@ def check(
         rule = rule_class.of(group)
         for index, param in zip(saved["params"], group["params"], strict=True):
             owners[index] = param, rule
-    entries = {}
+    entries: dict[Tensor, tuple[Mapping[str, Any], Rule]] = {}
     for index, entry in saved_state.items():
         if index not in owners:
             raise ValueError(f"the checkpoint has state for parameter {index!r}, which none of its param groups lists")

@@ -222,9 +222,9 @@ def test_run_precision_by_hand():
 
 @pytest.mark.filterwarnings("ignore:.* seems not to be NE tag")
 def test_run_precision_is_seqeval_s():
-    """On tags whose names seqeval 1.2.2 does not confuse (it takes CCONJ and SCONJ for one)."""
+    """On tags that seqeval 1.2.2 does not confuse: it takes CCONJ and SCONJ for one, and X for the same as O."""
     rng = np.random.default_rng(0)
-    tags = np.array("ADJ ADP NOUN NUM VERB X PUNCT INTJ SYM O".split())
+    tags = np.array("ADJ ADP NOUN NUM VERB DET PUNCT INTJ SYM O".split())
     truth, predicted = ([[str(t) for t in tags[rng.integers(0, 10, 12)]] for _ in range(60)] for _ in range(2))
     predicted = [
         [t if keep else p for t, p, keep in zip(ts, ps, rng.random(12) < 0.7, strict=True)]

@@ -220,6 +220,7 @@ def test_outcomes_by_hand():
     assert comparison.stability.mean == pytest.approx(-50.0)
     assert comparison.slope.mean == pytest.approx((0 - 100) / np.log10(66.6 / 5.7))
     assert [c.base for c in found.comparisons()] == ["fine-tuning"]
+    assert replace(comparison, spread=1.7, seeds=10).visible == pytest.approx(1.69, abs=0.01)  # the design's 1.7
     # a method without seed 1 takes seed 1 from all
     assert outcomes.Predictions(results, task, FULL).seeds == [0]
     results[0]["texts"] = "another"

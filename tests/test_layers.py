@@ -9,7 +9,7 @@ import transformers as hf
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
-from graddrop_fused import GradDrop, GradFreeze, LayerGradDrop
+from graddrop_fused import GradDrop, GradDropAdamW, GradFreeze, LayerGradDrop
 from graddrop_fused.layers import find_layers, param_groups
 from graddrop_fused.targets import attention_projections
 
@@ -272,9 +272,19 @@ def test_head_is_new(policy):
 
 
 def test_gradual_unfreezing_freezes_decay_too():
+    """Its policy's own effect: param_groups says nothing of it."""
     groups = param_groups(build("Bert"), drop=GradFreeze("bottom-up"), targets="attention")
-    assert all((g.get("effect") == "freeze") == (g["drop"] is not None) for g in groups)
-    assert all("effect" not in g for g in param_groups(build("Bert"), drop=LayerGradDrop(p=0.5)))
+    assert all("effect" not in group for group in groups)
+    optimizer = GradDropAdamW(groups, lr=0.1, weight_decay=0.5)
+    optimizer.set_epoch(0)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.5
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    before = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+    frozen = set(optimizer.dropped_layers())
+    optimizer.step()
+    assert frozen and all(torch.equal(p, old) == (p in frozen) for p, old in before.items())
 
 
 def test_frozen_parameters_are_left_out():
@@ -395,13 +405,15 @@ class Towers(nn.Module):
 class Ordered(Towers):
     def forward(self, x):
         self.check(x)
-        x = self.encode(x)
+        dtype = self.late[0].mix.weight.dtype  # touches the later stack and does not run it
+        x = self.encode(x.to(dtype))
         for block in self.late:
             x = block(x)
         return self.norm(x)
 
     def check(self, x):
-        return self.late[0].mix.weight.dtype == x.dtype
+        for block in self.late:
+            assert block.mix.weight.dtype == x.dtype
 
     def encode(self, x):
         x = self.stem(x)
@@ -423,7 +435,9 @@ def test_order_is_that_of_the_forward_pass():
 
 
 def test_order_that_nothing_tells_is_an_error():
-    with pytest.raises(ValueError, match=r"in which order its stacks run.*\['late', 'early'\] of Towers.*stack='enc"):
+    with pytest.raises(
+        ValueError, match=r"in which order its stacks run.*of Towers.*lists of blocks are \['late', 'early'\]"
+    ):
         find_layers(Towers())
     assert [*find_layers(Towers(), stack="early")][:2] == ["layer.0", "layer.1"]
 

@@ -87,7 +87,7 @@ ERRORS = {
     "0.1": "a policy must be written as name:argument=value,..., got '0.1'",
     "grad drop": "a policy must be written as name:argument=value",
     "dropout:p=0.1": "the policy must be one of graddrop, graddrop-epoch, .*, got 'dropout' in 'dropout:p=0.1'",
-    "graddrop:q=0.1": "graddrop takes the arguments p, anneal, rescale, block, distribution; got 'q' in",
+    "graddrop:q=0.1": "graddrop takes the arguments p, anneal, rescale, block, distribution, hold; got 'q' in",
     "graddrop:p=0.1,0.2": "graddrop takes the arguments .*; got '0.2' in",
     "graddrop:p=0.1,p=0.2": "p must be given once, got it twice in",
     "graddrop:p=0.1,,": "an argument must stand between two commas, got none in",

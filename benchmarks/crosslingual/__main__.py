@@ -15,7 +15,9 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from . import figures, methods, models, paper, progress, recipes, reports, results, tables, tasks, training
+from benchmarks import progress
+
+from . import figures, methods, models, paper, recipes, reports, results, tables, tasks, training
 from .methods import METHODS
 
 # In a report: the line below which everything is written anew
@@ -117,7 +119,7 @@ def _run_task(name: str, wanted: list[str], seeds: list[int], arguments: argpars
     results.check_comparable(done.values(), task, settings, path)
     runs = [(method, seed) for seed in seeds for method in wanted]  # seed by seed: paired from the beginning
     missing = [run for run in runs if results.key(name, *run) not in done]
-    with progress.bar(total=len(runs), initial=len(runs) - len(missing), desc=name, unit="run") as bar:
+    with progress.bar(len(runs), name, "run", len(runs) - len(missing), leave=True) as bar:
         for method, seed in missing:
             folder = arguments.out / "checkpoints" / f"{name}-{method}-{seed}"
             saves = name in tasks.xglue.TASKS  # the embedded ones take minutes

@@ -5,9 +5,9 @@ import time
 import torch
 from transformers import TrainerCallback
 
+from benchmarks import progress
 from graddrop_fused import StaticMask
 
-from . import progress
 from .methods import HEAD
 
 MASK_ELEMENTS = 64  # of each layer, recorded for the picture of masks
@@ -96,9 +96,7 @@ class TrainingProgress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         self.began = time.perf_counter()
-        self.bar = progress.bar(
-            total=state.max_steps, initial=state.global_step, desc=f"{self.label}: train", unit="step", leave=False
-        )
+        self.bar = progress.bar(state.max_steps, f"{self.label}: train", "step", state.global_step)
 
     def on_step_end(self, args, state, control, **_):
         self.bar.update()
@@ -121,7 +119,7 @@ class PredictionProgress(TrainerCallback):
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **_):
         if self.bar is None:
             total = len(eval_dataloader)
-            self.bar = progress.bar(total=total, desc=f"{self.name}, all languages", unit="batch", leave=False)
+            self.bar = progress.bar(total, f"{self.name}, all languages", "batch")
         self.bar.update()
 
     def on_predict(self, args, state, control, metrics, **_):

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 import graddrop_fused
+from benchmarks import progress
 
-from . import figures, heads, methods, models, progress, tables, tasks, training
+from . import figures, heads, methods, models, tables, tasks, training
 from .methods import METHODS
 from .task import Task
 
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(task: Task, wanted: list[str], seed: int, settings: training.Settings) -> list[dict]:
     results = []
-    with progress.bar(total=len(wanted), desc="methods", unit="method") as bar:
+    with progress.bar(len(wanted), "methods", "method", leave=True) as bar:
         for method in wanted:
             result = training.run(task, method, seed, settings, training.Record(masks=True, labels=True))
             bar.update()

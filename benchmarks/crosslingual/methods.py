@@ -159,6 +159,10 @@ METHODS = {
         Method("graddrop-epoch", lambda schedule, p: GradDropEpoch(p), p=_part_per_epoch),
         Method("graddrop-epoch-toggle", lambda schedule, p: GradDropEpoch(p, toggle=True), p=_part_per_epoch),
         Method("graddrop-epoch-redrawn", lambda schedule, p: GradDropEpoch(p, replacement=True)),
+        Method(
+            "anneal-graddrop-epoch",
+            lambda schedule, p: GradDropEpoch(replacement=True, anneal=_anneal(schedule)),
+        ),
         Method("child-tuning-f", lambda schedule, p: GradDrop(p), p=1 - CHILD),
         Method("child-tuning-d", fisher=True),
         Method("skip-update", lambda schedule, p: GradDrop(p), effect="update"),

@@ -104,7 +104,6 @@ def run(
         trainer.train(resume_from_checkpoint=last)
         train_seconds = time.perf_counter() - began
         scored = trainer.final_scores()
-    history = trainer.state.log_history
     return {
         "task": task.name,
         "method": method_name,
@@ -113,10 +112,7 @@ def run(
         "examples": task.counts(),
         "metric": head.metric,
         **scored,
-        "curve": [entry["scores"] for entry in history if "scores" in entry],
-        "masks": [entry["masks"] for entry in history if "masks" in entry],
-        "steps": trainer.state.global_step,
-        "epochs": round(trainer.state.epoch),
+        **trainer.history(),
         "optimizer": describe(optimizer),
         "parameters": sum(p.numel() for p in model.parameters()),
         "machine": machine(model.device),
@@ -247,13 +243,23 @@ class _CrossLingualTrainer(Trainer):
         if self.record.curves:
             scores["test"], _ = self._score(self.task.test, "test")
         if self.settings.choose == "best":
-            before = [average(e["scores"]["dev"]) for e in self.state.log_history if "scores" in e]
+            before = [average(scores["dev"]) for scores in self.history()["curve"]]
             if not before or average(dev) > max(before):
                 torch.save(self.model.state_dict(), self._best)
         self.state.log_history.append({"scores": scores})
         metrics = {"eval_dev": average(dev)}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def history(self) -> dict:
+        """curve, masks, steps and epochs, as far as the run went."""
+        entries = self.state.log_history
+        return {
+            "curve": [entry["scores"] for entry in entries if "scores" in entry],
+            "masks": [entry["masks"] for entry in entries if "masks" in entry],
+            "steps": self.state.global_step,
+            "epochs": round(self.state.epoch),
+        }
 
     def final_scores(self) -> dict:
         """dev, test, test_average and chosen_epoch; last and labels, if they are to be recorded."""
@@ -262,8 +268,7 @@ class _CrossLingualTrainer(Trainer):
             found["last"], labels["last"] = self._score(self.task.test, "test")
         epoch = self.settings.epochs
         if self.settings.choose == "best":
-            curve = [entry["scores"] for entry in self.state.log_history if "scores" in entry]
-            epoch = max(curve, key=lambda scores: (average(scores["dev"]), -scores["epoch"]))["epoch"]
+            epoch = max(self.history()["curve"], key=lambda scores: (average(scores["dev"]), -scores["epoch"]))["epoch"]
             if epoch == self.settings.epochs and "last" in found:
                 found["best"], labels["best"] = found["last"], labels["last"]
             else:

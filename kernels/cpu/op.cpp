@@ -9,6 +9,10 @@
 #include <string>
 #include <vector>
 
+#ifdef GRADDROP_X86
+#include <cpuid.h>
+#endif
+
 #include "contract.h"
 #include "level.h"
 #include "oracle.h"
@@ -22,13 +26,21 @@ using torch::stable::Tensor;
 
 constexpr int64_t ORACLE = 3;
 
+#ifdef GRADDROP_X86
+// older clangs do not know "f16c" to __builtin_cpu_supports
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 int64_t best_level() {
 #ifdef GRADDROP_X86
 #ifdef GRADDROP_EMULATE_AVX512
   return 2;
 #endif
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return avx2 ? (avx512 ? 2 : 1) : 0;

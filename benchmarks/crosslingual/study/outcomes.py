@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy.stats import t
 
 from ..task import LANGUAGE, Task
 from .bootstrap import Draws, Estimate, draw, estimate, holm
@@ -44,6 +45,14 @@ class Comparison:
     slope: Estimate
     languages: dict[str, Estimate]
     spread: float
+    seeds: int
+
+    @property
+    def visible(self) -> float:
+        """The gain that a t-test over as many seeds with this spread finds in four of five studies, at 5 %."""
+        if self.seeds < 2:
+            return float("nan")
+        return float(self.spread / self.seeds**0.5 * (t.ppf(0.975, self.seeds - 1) + t.ppf(0.8, self.seeds - 1)))
 
 
 class Predictions:
@@ -102,6 +111,7 @@ class Predictions:
             estimate(gains @ weights, drawn @ weights),
             {name: estimate(gains[i], drawn[:, i]) for i, name in enumerate(self.languages)},
             float(seeds.std(ddof=1)) if len(seeds) > 1 else float("nan"),
+            len(seeds),
         )  # fmt: skip
 
     def comparisons(self) -> list[Comparison]:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from .. import progress, results
+from benchmarks import progress
+
+from .. import results
 from .plan import PARTS, Plan, key_of
 from .runs import execute
 
@@ -70,7 +72,7 @@ def _check_rates(plan: Plan, done: dict[tuple, dict], path: Path) -> None:
 
 def _bar(plan: Plan, done: dict, parts: list[str]):
     finished = sum(key[0] in parts for key in done)
-    return progress.bar(total=plan.count(done, parts), initial=finished, desc="study", unit="run")
+    return progress.bar(plan.count(done, parts), "study", "run", finished, leave=True)
 
 
 def _described(result: dict) -> str:
