@@ -84,7 +84,9 @@ def check(
     entries: dict[Tensor, tuple[Mapping[str, Any], Rule]] = {}
     for index, entry in saved_state.items():
         if index not in owners:
-            raise ValueError(f"the checkpoint has state for parameter {shown(index)}, which none of its param groups lists")
+            raise ValueError(
+                f"the checkpoint has state for parameter {shown(index)}, which none of its param groups lists"
+            )
         param, rule = owners[index]
         entry = _entry(index, entry, param, rule)
         if entry:

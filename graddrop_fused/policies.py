@@ -415,6 +415,4 @@ def _check_block(block: Any) -> None:
     if isinstance(block, str) and block == "row":
         return
     if not is_int(block) or (block != 1 and (not 1 <= block <= MAX_BLOCK or block % mask_stream.TILE)):
-        raise ValueError(
-            f"block must be 1, a multiple of {mask_stream.TILE} up to 2**43 or 'row', got {shown(block)}"
-        )
+        raise ValueError(f"block must be 1, a multiple of {mask_stream.TILE} up to 2**43 or 'row', got {shown(block)}")
