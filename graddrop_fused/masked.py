@@ -330,6 +330,8 @@ class MaskedOptimizer(Optimizer):
             TypeError, ValueError: naming the entry that is missing, extra, mis-shaped or of a value that cannot be;
                 nothing has changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict as state_dict() makes it, got {type(state_dict)}")
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import validate
 from .buckets import Plan
+from .cuda_graph import check_not_capturing
 from .groups import Layers, members
 from .masked import MaskedOptimizer, UninterruptedByKeyboard
 from .numbers import HostNumbers, StepNumbers
@@ -155,6 +156,7 @@ class ReleasedGradients:
         optimizer = self._optimizer
         optimizer._check_shown_clock()
         _check_not_capturable(optimizer)
+        check_not_capturing()
         key = optimizer._plan_key()
         if not self._part_of or key != self._key:
             self._split()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import dispatch, mask_stream, validate
 from .contract import Batch, Effect, Integer, Mask, Real, Shard
@@ -45,7 +46,8 @@ def skip_dropped_rows(model: nn.Module, optimizer: Optimizer) -> "SkippedRows":
     Raises:
         TypeError: on another optimizer. ValueError: if no group has a policy with ``block="row"``; if one that has is
             capturable or of effect="update", whose moments take the unmasked gradient; if none of the model's
-            nn.Linear can do with fewer rows; if the model is a DataParallel.
+            nn.Linear can do with fewer rows; if the model is a DataParallel. RuntimeError: from the step of another
+            optimizer, if rows of its parameters' gradients were left out.
     """
     return SkippedRows(model, unwrap(optimizer))
 
@@ -60,18 +62,25 @@ class SkippedRows:
     def __init__(self, model: nn.Module, optimizer: MaskedOptimizer):
         _check(model, optimizer)
         self.removed = False
-        self._draws = _Draws(optimizer)
         self.modules = _suitable(model, optimizer)
         if not self.modules:
             raise ValueError(
                 "model must have an nn.Linear whose weight is a plain tensor of its own, under a policy with "
                 f"block='row', got {type(model).__name__}, where no weight gradient can do with fewer rows"
             )
+        self._optimizer = optimizer
+        self._draws = _Draws(optimizer, {module.weight for module in self.modules})
         self._calls = [_Call(self, self._draws, module) for module in self.modules]
+        self._hooks = [
+            optimizer.register_step_post_hook(lambda *_: self._draws.left_out.clear()),
+            register_optimizer_step_pre_hook(self._before_any_step),
+        ]
 
     def remove(self) -> None:
         """Compute all rows again. Calling it again does nothing."""
         self.removed = True
+        for hook in self._hooks:
+            hook.remove()
         for call in self._calls:
             call.remove()
 
@@ -80,6 +89,17 @@ class SkippedRows:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def _before_any_step(self, optimizer: Optimizer, *_: object) -> None:
+        left_out = self._draws.left_out
+        if optimizer is self._optimizer or not left_out:
+            return
+        if any(id(p) in left_out for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step() has parameters of whose gradients skip_dropped_rows left rows out "
+                f"for a {type(self._optimizer).__name__}, which has not stepped since. End the skipping by its "
+                "handle's remove() before another optimizer trains the model"
+            )
 
 
 class _Call(StandIn):
@@ -150,12 +170,15 @@ class _ByRows(torch.autograd.Function):
 class _Draws:
     """Which rows the coming step keeps, drawn on the host when the first gradient of a step asks."""
 
-    def __init__(self, optimizer: MaskedOptimizer):
-        self._optimizer = optimizer
+    def __init__(self, optimizer: MaskedOptimizer, weights: set[Tensor]):
+        self._optimizer, self._weights = optimizer, weights
         self._of_step: tuple = ()
         self._drawn_with: tuple = ()
+        self._groups: list[tuple] = []  # what the masks were made for
+        self._masks = _RowMasks([], [])
         self._rows: dict[int, Tensor | None] = {}  # id(weight) -> int64 indices on its device; None: all
         self._freezes: set[int] = set()
+        self.left_out: set[int] = set()  # ids of weights whose gradients of this step lack rows
 
     def rows(self, weight: Tensor) -> tuple[Tensor | None, bool]:
         """(indices of kept rows or None for all, whether the others must read as zero)."""
@@ -167,52 +190,65 @@ class _Draws:
             self._of_step = of_step
         released = isinstance(optimizer._inside_backward, ReleasedGradients)
         unread = released and id(weight) in self._freezes and not torch.is_anomaly_enabled()
-        return self._rows.get(id(weight)), not unread
+        rows = self._rows.get(id(weight))
+        if rows is not None:
+            self.left_out.add(id(weight))
+        return rows, not unread
 
     def _draw(self) -> None:
         clock, groups = self._optimizer._clock, self._optimizer.param_groups
-        rows = rows_at(groups, Layers.of(groups), clock, clock.next_draw())
+        of_groups = [(_drops_rows(group), *map(id, group["params"])) for group in groups]
+        if of_groups != self._groups:
+            asked = [m for m in members(groups) if m.param in self._weights and _drops_rows(groups[m.group])]
+            self._masks, self._groups = _RowMasks(asked, [block_of(groups[m.group], m.param) for m in asked]), of_groups
+            self._drawn_with = ()
+        self._freezes = {id(m.param) for m in self._masks.members if effect_of(groups[m.group]) == Effect.FREEZE}
         dropping = {
             g: (word, row.lo, row.span)
-            for g, (row, word) in enumerate(rows)
-            if row.mask == Mask.BLOCK and policy_of(groups[g]).block == "row" and _masks_gradients(groups[g])
+            for g, (row, word) in enumerate(rows_at(groups, Layers.of(groups), clock, clock.next_draw()))
+            if row.mask == Mask.BLOCK and _drops_rows(groups[g]) and _masks_gradients(groups[g])
         }
-        self._freezes = {id(p) for g in dropping if effect_of(groups[g]) == Effect.FREEZE for p in groups[g]["params"]}
-        drawn_with = clock.seed, tuple(dropping.items()), tuple(len(g["params"]) for g in groups)
+        drawn_with = clock.seed, tuple(dropping.items())
         if drawn_with != self._drawn_with:
-            asked = [m for m in members(groups) if m.group in dropping and _has_rows(m.param)]
-            self._rows = _kept_rows(asked, [block_of(groups[m.group], m.param) for m in asked], dropping, clock.seed)
-            self._drawn_with = drawn_with
+            self._rows, self._drawn_with = self._masks.kept(dropping, clock.seed), drawn_with
 
 
-def _kept_rows(
-    asked: Sequence[Member], blocks: Sequence[int], drawn_with: dict[int, tuple[int, int, int]], seed: int
-) -> dict[int, Tensor | None]:
-    """id(parameter) -> indices of its kept rows, for parameters whose rows are blocks of so many elements."""
-    if not asked:
-        return {}
-    # A row's decision is that of its first element: a packed mask of one column, each element a row apart from the next
-    shards = [Shard((m.param.shape[0],), (block,)) for m, block in zip(asked, blocks, strict=True)]
-    words = [torch.empty((shard.numel + 31) // 32, dtype=torch.int32, device=HOST) for shard in shards]
-    integers = [
-        [Mask.BLOCK, Effect.GRADIENT, word, m.stream_id, lo, span, block]
-        for m, block in zip(asked, blocks, strict=True)
-        for word, lo, span in [drawn_with[m.group]]
-    ]
-    batch = Batch(
-        params=[],
-        shards=shards,
-        integers=torch.tensor(integers, dtype=torch.int64, device=HOST).reshape(-1, len(Integer)),
-        reals=torch.zeros(len(asked), Real.columns(), dtype=torch.float64, device=HOST),
-        packed=words,
-    )
-    dispatch.choose("auto", HOST, torch.float32).pack(batch, seed=seed)
-    lengths = [32 * part.numel() for part in words]
-    kept = mask_stream.unpack_mask(torch.cat(words), (sum(lengths),)).split(lengths)
-    return {
-        id(m.param): part[: shard.numel].nonzero().reshape(-1).to(m.param.device, non_blocking=True)
-        for m, shard, part in zip(asked, shards, kept, strict=True)
-    }
+class _RowMasks:
+    """Masks of rows: one column of each parameter, so that an element's decision is its row's.
+
+    ``blocks``: elements of a row.
+    """
+
+    def __init__(self, members: Sequence[Member], blocks: Sequence[int]):
+        self.members, self._blocks = members, blocks
+        self._shards = [Shard((m.param.shape[0],), (block,)) for m, block in zip(members, blocks, strict=True)]
+        self._batch = Batch(
+            params=[],
+            shards=self._shards,
+            integers=torch.zeros(len(members), len(Integer), dtype=torch.int64, device=HOST),
+            reals=torch.zeros(len(members), Real.columns(), dtype=torch.float64, device=HOST),
+            packed=[torch.empty((s.numel + 31) // 32, dtype=torch.int32, device=HOST) for s in self._shards],
+        )
+
+    def kept(self, drawn_with: dict[int, tuple[int, int, int]], seed: int) -> dict[int, Tensor | None]:
+        """id(parameter) -> indices of its kept rows, or None for all in groups that ``drawn_with`` lacks.
+
+        ``drawn_with`` maps a group to (Philox counter word 2, lo, span).
+        """
+        batch = self._batch
+        integers = []
+        for member, block in zip(self.members, self._blocks, strict=True):
+            word, lo, span = drawn_with.get(member.group, (0, 0, mask_stream.HALF))
+            integers.append([Mask.BLOCK, Effect.GRADIENT, word, member.stream_id, lo, span, block])
+        batch.integers.copy_(torch.tensor(integers, dtype=torch.int64, device=HOST).reshape(-1, len(Integer)))
+        dispatch.choose("auto", HOST, torch.float32).pack(batch, seed=seed)
+        lengths = [32 * words.numel() for words in batch.packed]
+        kept = mask_stream.unpack_mask(torch.cat(batch.packed), (sum(lengths),)).split(lengths)
+        return {
+            id(m.param): mask[: shard.numel].nonzero().reshape(-1).to(m.param.device, non_blocking=True)
+            for m, shard, mask in zip(self.members, self._shards, kept, strict=True)
+            if m.group in drawn_with
+        }
 
 
 def _suitable(model: nn.Module, optimizer: MaskedOptimizer) -> list[nn.Linear]:

@@ -347,6 +347,8 @@ def sharded(rank, world, drop):
         sharded_transformer.fsdp(model, world)
         opt = make(model, POLICIES[drop])
         handle = release_gradients(model, opt) if release else None
+        if release and drop == "layers":
+            skip_dropped_layers(model, opt)
         for step in range(STEPS):
             for micro in range(2):  # gradients that are not synchronised wait: one pass for us
                 model.set_requires_gradient_sync(micro == 1)

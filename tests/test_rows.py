@@ -4,9 +4,11 @@ import copy
 from functools import partial
 
 import pytest
+import ranks
 import torch
 from torch import nn
 from torch.nn.functional import linear
+from torch.nn.parallel import DistributedDataParallel
 
 from graddrop_fused import (
     GradDrop,
@@ -346,6 +348,37 @@ def test_a_policy_that_changes_between_steps():
         train(model, opt, steps=3)
 
     compare(POLICIES["drawn"], train=train_changing)
+
+
+def test_ddp():
+    ranks.run(replicated, 2)
+
+
+def replicated(rank, world):
+    """Gradients of kept rows are averaged over ranks, which all keep the same."""
+    plain, model = build(), build()
+    opts = [make(m, POLICIES["drawn"]) for m in (plain, model)]
+    train(plain, opts[0], accumulate=2, compute=lambda m, step: m(ids(step)) / 2)
+    wrapped = DistributedDataParallel(model)
+    with skip_dropped_rows(wrapped, opts[1]) as handle:
+        assert len(handle.modules) == 4
+        train(wrapped, opts[1], compute=lambda m, step: m(ids(2 * step + rank)))
+    assert_close(plain, model, *opts)
+
+
+def test_another_optimizer_must_not_step_meanwhile():
+    model = build()
+    opt = make(model, POLICIES["drawn"])
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = skip_dropped_rows(model, opt)
+    model(ids(0)).backward()
+    with pytest.raises(RuntimeError, match=r"SGD.step\(\) has parameters of whose gradients skip_dropped_rows left"):
+        other.step()
+    opt.step()
+    other.step()
+    model(ids(1)).backward()
+    handle.remove()
+    other.step()
 
 
 # Bad input
