@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python3
 RUN := $(PY) -m
 READY := $(if $(filter .venv,$(VENV)),.venv/op,existing)
-WORKERS ?= auto
+WORKERS ?= logical
 # other versions that are here, for the test that one binary serves them all
 export GRADDROP_INTERPRETERS ?= $(wildcard $(CURDIR)/.venvs/*/bin/python3)
 
@@ -51,7 +51,7 @@ test-matrix: .venv/op
 # a source archive and a wheel whose tag says which systems it runs on
 wheel: .venv/tools .venv/op
 	rm -rf dist && $(RUN) build -q --no-isolation --outdir dist/built
-	$(RUN) auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist dist/built/*.whl
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist dist/built/*.whl
 	$(VENV)/bin/abi3audit --strict dist/*.whl
 	mv dist/built/*.tar.gz dist && rm -r dist/built && ls dist
 
@@ -101,11 +101,12 @@ existing:
 
 # requirements-dev.txt with some versions replaced; the op is the one binary that .venv/op built
 .venvs/%/requirements: tests/matrix/%.txt requirements-dev.txt
-	$$(sed -n 's/^# interpreter: //p' $< | xargs -n1 sh -c 'command -v $$0' | head -n1) -m venv .venvs/$*
+	for python in $$(sed -n 's/^# interpreters: //p' $<); do $$python -m venv .venvs/$* 2>/dev/null && break; done
 	.venvs/$*/bin/python3 -m pip install -q --upgrade pip
 	grep -vE "^($$(sed -nE 's/^([a-z]+).*/\1/p' $< | paste -sd'|'))\b" requirements-dev.txt | cat - $< > $@.txt
 	.venvs/$*/bin/python3 -m pip install -q -r $@.txt
 	mv $@.txt $@
 .venvs/%/tested: .venvs/%/requirements .venv/op
 	mkdir -p results/test-matrix
-	$(MAKE) test VENV=.venvs/$* > results/test-matrix/$*.txt 2>&1; tail -n1 results/test-matrix/$*.txt
+	$(MAKE) test VENV=.venvs/$* > results/test-matrix/$*.txt 2>&1; status=$$?; \
+		echo "$*: $$(tail -n1 results/test-matrix/$*.txt)"; exit $$status

@@ -32,8 +32,8 @@ TASKS = (
     "ForSequenceClassification|ForTokenClassification|ForQuestionAnswering|ForImageClassification"
     "|ForAudioClassification|ForCausalLM|LMHeadModel|ForConditionalGeneration|ForCTC"
 )
-# The first of these that a class builds with: fewer blocks to trace, where its config calls them by the common name; and
-# what some configs leave out that their models need.
+# The first of these that a class builds with: fewer blocks to trace, where its config calls them so; then what some
+# configs leave out that their models need.
 FEWER = {"num_hidden_layers": 12}
 OPTIONS = (FEWER, {}, {"vocab_size": 64}, {"head_dim": 64}, {"num_key_value_heads": 8}, {"num_key_value_heads": 16})
 COLUMNS = ("class", "blocks", "stacks", "embeddings", "between", "head", "attention", "query", "trace")
@@ -51,7 +51,7 @@ def build(cls: type, **options) -> nn.Module:
     for more in OPTIONS:
         try:
             with torch.device("meta"):
-                model = cls(cls.config_class(**{**options, **more}))
+                model = cls(cls.config_class(**{**more, **options}))
             return model.eval()
         except Exception as e:  # noqa: BLE001 - whatever a class that cannot be built raises
             error = error or e
@@ -99,13 +99,9 @@ def _where(layers: dict[str, dict]) -> Callable[[str], str]:
 
 
 def _projections(names) -> str:
+    """Their kinds: names without what comes before the last number."""
     tails = (re.sub(r"[._](weight|bias)$", "", name) for name in names)
-    return " ".join(sorted({".".join(tail.split(".")[-3:]).split("0.")[-1] for tail in tails if _is_first(tail)}))
-
-
-def _is_first(name: str) -> bool:
-    """One block of a kind is enough for the table."""
-    return not re.search(r"\.[1-9]\d*\.", name)
+    return " ".join(sorted({".".join(re.split(r"(?:^|\.)\d+\.", tail)[-1].split(".")[-3:]) for tail in tails}))
 
 
 # The forward pass, as hooks see it

@@ -17,12 +17,20 @@ from graddrop_fused import (
     cpu,
     dispatch,
 )
-from graddrop_fused.contract import Batch, Integer, Layout, Mask, Real, Shard, layout_row
-from graddrop_fused.mask_stream import bernoulli_window
+from graddrop_fused.contract import Batch, Integer, Mask, Real, Shard
+from graddrop_fused.layout import LayoutTable
+from graddrop_fused.mask_stream import HALF, bernoulli_window
 
 BLOCK = 1024
-MASKED = Claim(p=P)
 BACKENDS = {"cpu": "cpu", "cuda": "triton"}  # by device; never "auto", which would time the reference in silence
+
+
+def claim(p: float, **more) -> Claim:
+    """What we claim of a mask with drop probability p: the rescale is that of the rounded p that decides."""
+    return Claim(p=p, rescale=(HALF + 1) / (bernoulli_window(p)[1] + 1), **more)
+
+
+MASKED = claim(P)
 
 
 def unavailable(device: str) -> str | None:
@@ -43,8 +51,8 @@ def optimizer(tensors: Tensors, policy=None, per_layer: bool = False, **argument
     return own
 
 
-def ours(name: str, claim: Claim, policy=None, traffic=None, **arguments) -> Contestant:
-    return Contestant(name, lambda t: optimizer(t, policy, **arguments).step, claim, traffic=traffic)
+def ours(name: str, claims: Claim, policy=None, traffic=None, **arguments) -> Contestant:
+    return Contestant(name, lambda t: optimizer(t, policy, **arguments).step, claims, traffic=traffic)
 
 
 def at_level(level: str, step):
@@ -78,10 +86,9 @@ def _batch(tensors: Tensors, **more) -> Batch:
         params=[p.detach() for p in tensors.params],
         shards=[Shard.whole(p.shape) for p in tensors.params],
         integers=torch.zeros(count, len(Integer), dtype=torch.int64),
-        reals=torch.zeros(count, len(Real), dtype=torch.float64),
+        reals=torch.zeros(count, Real.columns(), dtype=torch.float64),
         grads=[p.grad for p in tensors.params],
-        exp_avgs=tensors.exp_avgs,
-        exp_avg_sqs=tensors.exp_avg_sqs,
+        states=[tensors.exp_avgs, tensors.exp_avg_sqs],
         **more,
     )
 
@@ -89,10 +96,9 @@ def _batch(tensors: Tensors, **more) -> Batch:
 def floor(tensors: Tensors):
     """A step that only streams: reads p, g, m, v and writes p, m, v, unchanged."""
     batch = _batch(tensors)
-    rows = [layout_row(batch, i) for i in range(len(batch.params))]
-    layout = torch.tensor(rows, dtype=torch.int64).reshape(-1, Layout.columns())
+    layout = LayoutTable(batch).table
     ops, level = cpu._op(None)
-    return lambda: ops.stream(layout, batch.integers, batch.reals, level)
+    return lambda: ops.floor(layout, batch.integers, batch.reals, level)
 
 
 def copies(tensors: Tensors):
@@ -115,7 +121,7 @@ def pack(tensors: Tensors):
     batch = _batch(tensors, packed=words)
     batch.integers[:, Integer.MASK] = Mask.ELEMENT
     batch.integers[:, Integer.DRAW] = 1
-    batch.integers[:, Integer.STREAM] = torch.arange(len(words))
+    batch.integers[:, Integer.STREAM_ID] = torch.arange(len(words))
     batch.integers[:, Integer.LO], batch.integers[:, Integer.SPAN] = bernoulli_window(P)
 
     def call():
@@ -137,8 +143,8 @@ OURS = [
     ours(DRAWN, MASKED, lambda t: GradDrop(p=P), one_pass),
     ours(PACKED, MASKED, lambda t: GradDropEpoch(p=P), lambda t: one_pass(t) + 1 / 8),
     ours(NO_MASK, Claim(), None, one_pass),
-    ours("GradDrop, update", Claim(p=P, effect="update"), lambda t: GradDrop(p=P), effect="update"),
-    ours("GradDrop, freeze", Claim(p=P, effect="freeze"), lambda t: GradDrop(p=P), effect="freeze"),
+    ours("GradDrop, update", claim(P, effect="update"), lambda t: GradDrop(p=P), effect="update"),
+    ours("GradDrop, freeze", claim(P, effect="freeze"), lambda t: GradDrop(p=P), effect="freeze"),
     ours("GradDrop, gaussian", Claim(p=P, gaussian=True), lambda t: GradDrop(p=P, distribution="gaussian")),
     ours("GradDropEpoch, drawn again", MASKED, lambda t: GradDropEpoch(p=P, storage="regenerate")),
     ours("GradDropEpoch, toggle", MASKED, lambda t: GradDropEpoch(p=P, toggle=True)),
@@ -146,17 +152,17 @@ OURS = [
     ours("LayerGradDrop(p=0.5)", Claim(p=0.5, rescale=1.0, unit=None), lambda t: LayerGradDrop(p=0.5), per_layer=True),
     ours(
         "GradFreeze, half the layers",
-        Claim(p=None, rescale=1.0, unit=None),
+        Claim(p=None, rescale=1.0, effect="freeze", unit=None),
         lambda t: GradFreeze("top-down", layers_per_epoch=(len(t.params) + 1) // 2),
         per_layer=True,
     ),
     ours("StaticMask", Claim(p=P, rescale=1.0), lambda t: StaticMask(masks_of(t))),
     Contestant("attach(), then torch fused", attached, MASKED, spoils_gradients=True),
-    *(ours(f"GradDrop(p={p})", Claim(p=p), lambda t, p=p: GradDrop(p=p), one_pass) for p in SHARES),
+    *(ours(f"GradDrop(p={p})", claim(p), lambda t, p=p: GradDrop(p=p), one_pass) for p in SHARES),
     *(
         ours(
             f"GradDrop(p={p}, block={BLOCK}), freeze",
-            Claim(p=p, unit=BLOCK, effect="freeze"),
+            claim(p, unit=BLOCK, effect="freeze"),
             lambda t, p=p: GradDrop(p=p, block=BLOCK),
             _block_traffic(p),
             effect="freeze",

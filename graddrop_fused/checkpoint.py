@@ -81,7 +81,7 @@ def check(
             if index in owners:
                 raise ValueError(f"the checkpoint's param groups must list parameter {shown(index)} once, got it twice")
             owners[index] = param, rule
-    entries = {}
+    entries: dict[Tensor, tuple[Mapping[str, Any], Rule]] = {}
     for index, entry in saved_state.items():
         if index not in owners:
             raise ValueError(

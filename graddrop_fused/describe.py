@@ -108,7 +108,7 @@ def _rows(source: Any) -> Iterator[LayerRow]:
     dropped = {id(p) for p in source.dropped_layers()} if _knows_layers(source, groups, epoch) else None
     for group, layer in zip(groups, layers, strict=True):
         policy: Policy | None = group.get("drop")
-        effect = group.get("effect") or getattr(policy, "default_effect", "gradient")
+        effect = str(group.get("effect") or getattr(policy, "default_effect", "gradient"))
         share: float | None = 1.0
         if policy is not None and policy.needs_epoch and epoch is None:
             share = None

@@ -9,7 +9,7 @@ from .contract import MAX_DIMS, Layout
 
 
 class DeviceRow(IntEnum):
-    """Columns of a device's layout table: int64, shape (tensors, 45). As Layout, but for the order of dimensions."""
+    """Columns of a device's layout table: int64, shape (tensors, 45). As Layout, but for the dimensions."""
 
     PARAM = Layout.PARAM
     GRAD = Layout.GRAD
@@ -17,13 +17,13 @@ class DeviceRow(IntEnum):
     PACKED = Layout.PACKED
     NUMEL = Layout.NUMEL
     OFFSET = Layout.OFFSET
-    NDIM = Layout.NDIM
-    SIZE = Layout.SIZE  # from here on a column for each dimension, the outermost in memory first
+    LINEAR = Layout.NDIM  # 1 where memory and global index run through the tensor with stride 1
+    SIZE = Layout.SIZE  # from here on a column for each dimension, the innermost first
     PARAM_STRIDE = Layout.PARAM_STRIDE
     GRAD_STRIDE = Layout.GRAD_STRIDE
     GLOBAL_STRIDE = Layout.GLOBAL_STRIDE
     LOCAL_STRIDE = Layout.GLOBAL_STRIDE + MAX_DIMS  # of the local tensor's row-major order, in which packed words lie
-    RECIPROCAL = LOCAL_STRIDE + MAX_DIMS  # a multiplier and, from bit 32 on, a shift: see reciprocals()
+    RECIPROCAL = LOCAL_STRIDE + MAX_DIMS  # a multiplier and, from bit 32 on, a shift: see _reciprocals
 
     @classmethod
     def columns(cls) -> int:
@@ -40,20 +40,22 @@ def device_rows(table: Tensor, in_memory_order: bool) -> Tensor:
         in_memory_order: number elements as they lie in the parameter's memory, so that neighbouring threads access
             neighbouring addresses; else in row-major order, as packed words need it that are written.
     """
-    dims = {column: table[:, column : column + MAX_DIMS] for column in _DIMENSIONS}
+    sizes, *strides = (table[:, column : column + MAX_DIMS] for column in _DIMENSIONS)
     absent = torch.arange(MAX_DIMS) >= table[:, Layout.NDIM, None]
-    sizes = dims[Layout.SIZE].masked_fill(absent, 1)
-    # products of the sizes further in
-    local = sizes.flip(1).cumprod(1).flip(1) // sizes.clamp(min=1)
-    if in_memory_order:
-        key = torch.where(absent, -1, dims[Layout.PARAM_STRIDE])
-        order = key.argsort(dim=1, descending=True, stable=True)
-        dims = {column: values.gather(1, order) for column, values in dims.items()}
-        local = local.gather(1, order)
-    return torch.cat([table[:, : Layout.SIZE], *dims.values(), local, reciprocals(dims[Layout.SIZE])], 1)
+    # steps of the row-major index: the product of the sizes further in
+    local = sizes.masked_fill(absent, 1).flip(1).cumprod(1).flip(1) // sizes.clamp(min=1)
+    key = strides[0] if in_memory_order else local
+    order = key.masked_fill(absent, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
+    sizes, *strides = (values.gather(1, order) for values in (sizes, *strides, local))
+    linear = (table[:, Layout.NDIM] == 0) | (
+        (table[:, Layout.NDIM] == 1) & torch.stack([s[:, 0] for s in strides[:3]]).eq(1).all(0)
+    )
+    return torch.cat(
+        [table[:, : Layout.NDIM], linear[:, None].to(torch.int64), sizes, *strides, _reciprocals(sizes)], 1
+    )
 
 
-def reciprocals(sizes: Tensor) -> Tensor:
+def _reciprocals(sizes: Tensor) -> Tensor:
     """For n < 2**31 and 2 <= size < 2**31, n // size is the upper half of n * multiplier, shifted right.
 
     Granlund and Montgomery 1994, "Division by invariant integers using multiplication": with 2**(s-1) < size <= 2**s,
@@ -65,17 +67,18 @@ def reciprocals(sizes: Tensor) -> Tensor:
     return multiplier | s - 1 << 32
 
 
-def index_bits(rows: Tensor) -> int:
-    """How wide indices must be where dimensions count: 0 where every tensor is linear, else 32 or 64.
+def indexing(rows: Tensor) -> dict[str, int | bool]:
+    """What kernels are compiled for: DIMS, the most dimensions of a tensor that is not linear (0: all are), and WIDE.
 
-    ``rows``: of :func:`device_rows`. Positions, offsets and steps of the global index must all stay below 2**31.
+    Without WIDE, a kernel counts positions, offsets and steps of the global index in 32 bits. ``rows``: of
+    :func:`device_rows`.
     """
-    ndim = rows[:, DeviceRow.NDIM]
+    rows = rows[(rows[:, DeviceRow.LINEAR] == 0) & (rows[:, DeviceRow.NUMEL] > 0)]
+    if len(rows) == 0:
+        return {"DIMS": 0, "WIDE": False}
     sizes = rows[:, DeviceRow.SIZE : DeviceRow.SIZE + MAX_DIMS]
-    columns = (DeviceRow.PARAM_STRIDE, DeviceRow.GRAD_STRIDE, DeviceRow.GLOBAL_STRIDE)
-    linear = (ndim == 0) | ((ndim == 1) & (rows[:, list(columns)] == 1).all(1))
-    if bool((linear | (rows[:, DeviceRow.NUMEL] == 0)).all()):
-        return 0
-    reach = [((sizes - 1).clamp(min=0) * rows[:, column : column + MAX_DIMS]).sum(1) for column in columns]
-    widest = torch.stack([rows[:, DeviceRow.NUMEL], *reach]).amax(0)
-    return 64 if bool((widest[~linear] >= 2**31 - 2**16).any()) else 32
+    reach = [rows[:, DeviceRow.NUMEL]]
+    for column in (DeviceRow.PARAM_STRIDE, DeviceRow.GRAD_STRIDE, DeviceRow.GLOBAL_STRIDE):
+        reach.append(((sizes - 1).clamp(min=0) * rows[:, column : column + MAX_DIMS]).sum(1))
+    wide = torch.stack(reach) >= 2**31 - 2**16  # a chunk's last pass reaches beyond the tensor
+    return {"DIMS": int((sizes > 0).sum(1).max()), "WIDE": bool(wide.any())}

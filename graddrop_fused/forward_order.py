@@ -87,7 +87,7 @@ class _Reader(ast.NodeVisitor):
     def visit_Attribute(self, node: ast.Attribute) -> None:
         chain = _chain(node)
         if chain and chain[0] == self._self:
-            self.use(chain[1], runs=len(chain) == 2 or self._is_network(chain[1:]))
+            self.use(chain[1], runs=len(chain) == 2)
         elif isinstance(node.value, ast.Call) and getattr(node.value.func, "id", None) == "super":
             above = type(self.module).__mro__
             owner = next((c for c in above[above.index(self._class) + 1 :] if node.attr in vars(c)), None)
@@ -97,8 +97,8 @@ class _Reader(ast.NodeVisitor):
             self.generic_visit(node)
 
     def _is_network(self, path: list[str]) -> bool:
-        """Whether self.a.b is more than a leaf: self.language_model.embed_tokens does not run the language model."""
-        target = self.module
+        """Whether self.a.b is more than a leaf: self.language_model.embed_tokens(x) does not run the language model."""
+        target: object = self.module
         for name in path:
             if name == "forward":
                 break
@@ -108,7 +108,10 @@ class _Reader(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         if getattr(node.func, "id", None) == "len":  # of a list that runs elsewhere
             return
+        chain = _chain(node.func)
         name = _name_in_getattr(node, self._self, self.module)
+        if len(chain) > 2 and chain[0] == self._self and self._is_network(chain[1:]):
+            name = chain[1]
         if name is not None:
             self.use(name)
         self.generic_visit(node)
@@ -134,10 +137,10 @@ class _Reader(ast.NodeVisitor):
 
 
 def _chain(node: ast.expr) -> list[str]:
-    """["self", "a", "b"] of the expression self.a.b; [] of anything else."""
+    """["self", "a", "b"] of the expression self.a.b, ["self", "a", "[]", "b"] of self.a[0].b; [] of anything else."""
     names: list[str] = []
-    while isinstance(node, ast.Attribute):
-        names.append(node.attr)
+    while isinstance(node, ast.Attribute | ast.Subscript):
+        names.append(node.attr if isinstance(node, ast.Attribute) else "[]")
         node = node.value
     return [node.id, *reversed(names)] if isinstance(node, ast.Name) else []
 

@@ -102,34 +102,7 @@ def param_groups(
     if not in_layer:
         raise ValueError("model must have parameters that require a gradient; all of its parameters are frozen")
 
-    dropped = _targeted(model, in_layer, targets)
-    if exclude is not None:
-        dropped -= _matching("exclude", exclude, in_layer)
-    if drop is not None and drop.layerwise and not include_head:
-        dropped -= {name for name, layer in in_layer.items() if layer == "head"}
-    if not dropped:
-        raise ValueError(
-            f"targets={targets!r} with exclude={exclude!r} and include_head={include_head!r} must leave a parameter to "
-            f"drop, and leaves none of {_some(in_layer)}"
-        )
-
-    if drop is not None and drop.layerwise and {in_layer[name] for name in dropped} == {"embeddings"}:
-        raise ValueError(
-            f"drop={drop!r} chooses among layers, and all that it could drop is in the embeddings: "
-            f"{_some(sorted(dropped))}. Prompt and prefix tuning train one table before the first block; give a policy "
-            "that decides per element, such as GradDrop(0.1), or train blocks too"
-        )
-
-    return _grouped(layers, in_layer, dropped, weight_decay, drop)
-
-
-def _grouped(
-    layers: dict[str, dict[str, nn.Parameter]],
-    in_layer: dict[str, str],
-    dropped: set[str],
-    weight_decay: float,
-    drop: Policy | None,
-) -> list[dict]:
+    dropped = _dropped(model, in_layer, drop, targets, exclude, include_head)
     groups: dict[tuple, dict] = {}
     for name, layer in in_layer.items():
         param = layers[layer][name]
@@ -193,10 +166,11 @@ def _parts(model: nn.Module, stack: str | None) -> list[Part]:
             "its ModuleLists is the stack, name it, as in stack='encoder.block'"
         )
     if walk.unordered:
+        stacks = [*dict.fromkeys(part.names[0].rpartition(".")[0] for part in walk.parts if part.is_block)]
         raise ValueError(
             f"model must say in which order its stacks run, and neither a readable forward() nor the names encoder and "
             f"decoder say so for {walk.unordered} of {type(model).__name__}. Give param_groups() one of these modules, "
-            "or name one ModuleList, as in stack='encoder.block'"
+            f"or name one ModuleList, as in stack={stacks[0]!r}; its lists of blocks are {stacks}"
         )
     return walk.parts
 
@@ -229,7 +203,7 @@ def _common(block: Part, part: Part) -> list[str]:
 
 def _named_parameters(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
     """Each parameter once, with all the names that it goes by, that of ``model.named_parameters()`` first."""
-    names = {}
+    names: dict[nn.Parameter, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(canonical_name(name))
     return [(aliases, param) for param, aliases in names.items()]
@@ -242,6 +216,35 @@ def _position(layer: str) -> float:
 def _precedence(layer: str) -> tuple[bool, float]:
     """Which of its layers a tied parameter belongs to: the first block, else the embeddings, else the head."""
     return layer == "embeddings" or layer == "head", _position(layer)
+
+
+def _dropped(
+    model: nn.Module,
+    in_layer: dict[str, str],
+    drop: Policy | None,
+    targets: str,
+    exclude: str | None,
+    include_head: bool,
+) -> set[str]:
+    """The names of the parameters that the policy drops. Raises as :func:`param_groups` says."""
+    dropped = _targeted(model, in_layer, targets)
+    if exclude is not None:
+        dropped -= _matching("exclude", exclude, in_layer)
+    if drop is not None and drop.layerwise and not include_head:
+        dropped -= {name for name, layer in in_layer.items() if layer == "head"}
+    if not dropped:
+        raise ValueError(
+            f"targets={targets!r} with exclude={exclude!r} and include_head={include_head!r} must leave a parameter to "
+            f"drop, and leaves none of {_some(in_layer)}"
+        )
+
+    if drop is not None and drop.layerwise and {in_layer[name] for name in dropped} == {"embeddings"}:
+        raise ValueError(
+            f"drop={drop!r} chooses among layers, and all that it could drop is in the embeddings: "
+            f"{_some(sorted(dropped))}. Prompt and prefix tuning train one table before the first block; give a policy "
+            "that decides per element, such as GradDrop(0.1), or train blocks too"
+        )
+    return dropped
 
 
 def _targeted(model: nn.Module, in_layer: dict[str, str], targets: str) -> set[str]:

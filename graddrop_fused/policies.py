@@ -8,7 +8,7 @@ To add one: subclass :class:`Policy` with a frozen dataclass, check its fields i
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -96,7 +96,7 @@ class Policy:
         if not is_dataclass(self):
             raise TypeError(f"{name} must be a frozen dataclass, so that a checkpoint can hold it")
         state: dict[str, Any] = {"policy": name}
-        for f in fields(self):
+        for f in (f for f in fields(self) if f.init):
             value = getattr(self, f.name)
             is_schedule = isinstance(value, Schedule)
             state[f.name] = value.to_state() if is_schedule else plain(f"{name}.{f.name}", value)
@@ -200,6 +200,7 @@ class GradDropEpoch(Policy):
     block: int | Literal["row"] = 1
     storage: Literal["packed", "regenerate"] = "packed"
     anneal: Schedule | None = None
+    _bounds: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)  # of a cycle's windows
 
     def __post_init__(self):
         _check_p_or_anneal(self)

@@ -71,8 +71,8 @@ class Walk:
             names, here = [_join(name, n) for n in together], _join(place, child)
             if len(together) > 1 or self.is_stack(members[child], names[0]):
                 self._add_stack(names, [members[n] for n in together], here)
-            elif child in with_blocks:
-                self.visit(members[child], names[0], here)
+            elif isinstance(member := members[child], nn.Module) and child in with_blocks:
+                self.visit(member, names[0], here)
             else:
                 self._add(names, members[child], here, known=child in order)
 
@@ -119,9 +119,9 @@ class Walk:
 
     def _zipped(self, members: dict[str, Holder], loop: Sequence[str], name: str) -> list[str]:
         """Lists of one length that a loop goes through together: the attentions, ffns and norms of XLM."""
-        lists = [n for n in loop if isinstance(members.get(n), _LISTS)]
-        stacks = [n for n in lists if self.is_stack(members[n], _join(name, n))]
-        return [n for n in lists if stacks and len(members[n]) == len(members[stacks[0]])]
+        lists = {n: member for n in loop if isinstance(member := members.get(n), _LISTS)}
+        lengths = [len(member) for n, member in lists.items() if self.is_stack(member, _join(name, n))]
+        return [n for n, member in lists.items() if lengths and len(member) == lengths[0]]
 
     def _add_stack(self, names: list[str], lists: list, place: str) -> None:
         """Add the elements of one list, or of several that belong together element by element."""

@@ -10,7 +10,8 @@ import importlib
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .contract import Batch, Effect, Integer, Mask
 from .cuda_graph import capturing, check_not_capturing, to_device
-from .device_rows import DeviceRow, device_rows, index_bits
+from .device_rows import DeviceRow, device_rows, indexing
 from .layout import LayoutTable
 from .rules import Rule
 
@@ -73,15 +74,9 @@ def update(
         return
     from .kernels.triton.kernels import update_kernel
 
-    # what a step leaves alone is not counted: it comes and goes with gradients
-    occurring = pairs(batch) - {(Mask.DROP, Effect.FREEZE)}
-    param_dtype = batch.params[0].dtype
-    dtypes = {
-        "PARAM_DTYPE": param_dtype,
-        "GRAD_DTYPE": next((g.dtype for g in batch.grads if g is not None), param_dtype),
-        "STATE_DTYPE": batch.states[0][0].dtype if batch.states else param_dtype,
-    }
-    device = batch.params[0].device
+    device, param = batch.params[0].device, batch.params[0].dtype
+    grad = next((g.dtype for g in batch.grads if g is not None), param)
+    dtypes = param, grad, batch.states[0][0].dtype if batch.states else param
     with _on(device):
         tables = _tables(batch, device, in_memory_order=True)
         integers, reals = _numbers(batch, device)
@@ -93,14 +88,11 @@ def update(
             seed=seed,
             grad_scale=grad_scale,
             found_inf=found_inf,
-            RULE=rule_function(rule),
-            STATES=len(rule.states),
-            FACTORS=len(rule.factor_names),
-            **{name: _triton_dtype(dtype) for name, dtype in dtypes.items()},
-            KINDS=_bits(mask for mask, _ in occurring),
-            EFFECTS=_bits(effect for _, effect in occurring),
-            INDEX_BITS=tables.index_bits,
-            **sizes(dtypes.values(), _warp_size(device)),
+            **rule_constants(rule),
+            **dtype_constants(dtypes),
+            **kinds_and_effects(batch),
+            **tables.indexing,
+            **sizes(dtypes, _warp_size(device)),
             **OPTIONS,
         )
 
@@ -119,22 +111,34 @@ def pack(batch: Batch, *, seed: int) -> None:
             layout=tables.layout_now(batch),
             integers=_numbers(batch, device)[0],
             seed=seed,
-            KINDS=_bits(mask for mask, _ in pairs(batch)),
-            INDEX_BITS=tables.index_bits,
+            KINDS=kinds_and_effects(batch)["KINDS"] | 1 << Mask.DROP,
+            **tables.indexing,
             **pack_sizes(_warp_size(device)),
             **OPTIONS,
         )
 
 
-def rule_function(rule: Rule):
-    """The rule's jitted update. Raises NotImplementedError where kernels/triton has none of its name."""
+def rule_constants(rule: Rule) -> dict:
+    """A rule's compile-time arguments. Raises NotImplementedError where kernels/triton has no rule of its name."""
+    return {"RULE": _update_of(rule.name), "STATES": len(rule.states), "FACTORS": len(rule.factor_names)}
+
+
+@cache
+def _update_of(name: str):
     try:
-        return importlib.import_module(f"{__package__}.kernels.triton.{rule.name}").update
+        return importlib.import_module(f"{__package__}.kernels.triton.{name}").update
     except (ModuleNotFoundError, AttributeError):
         raise NotImplementedError(
-            f"the rule {rule.name!r} has no Triton kernel: write kernels/triton/{rule.name}.py, or choose "
-            "backend='reference'"
+            f"the rule {name!r} has no Triton kernel: write kernels/triton/{name}.py, or choose backend='reference'"
         ) from None
+
+
+def dtype_constants(dtypes: Iterable[torch.dtype]) -> dict:
+    """The dtypes of parameters, gradients and state as compile-time arguments."""
+    import triton.language as tl
+
+    names = ("PARAM_DTYPE", "GRAD_DTYPE", "STATE_DTYPE")
+    return {name: getattr(tl, str(d).removeprefix("torch.")) for name, d in zip(names, dtypes, strict=True)}
 
 
 def sizes(dtypes: Iterable[torch.dtype], warp_size: int) -> dict[str, int]:
@@ -149,7 +153,7 @@ def sizes(dtypes: Iterable[torch.dtype], warp_size: int) -> dict[str, int]:
         "TILES": threads * vector // 32,
         "VECTOR": vector,
         "LANES": threads // 32,
-        "ELEMENTS": threads,
+        "ELEMENTS": 2 * threads,
         "CHUNK": CHUNK,
         "num_warps": WARPS,
     }
@@ -160,21 +164,24 @@ def pack_sizes(warp_size: int) -> dict[str, int]:
     return {"TILES": warp_size, "ELEMENTS": 4 * warp_size, "CHUNK": CHUNK, "num_warps": 1}
 
 
-def pairs(batch: Batch) -> Set[tuple[int, int]]:
-    """The (Mask, Effect) that may occur in the batch: what a kernel is specialised on."""
-    if batch.pairs is not None:
-        return batch.pairs
-    return set(map(tuple, batch.integers[:, [Integer.MASK, Integer.EFFECT]].tolist()))
+def kinds_and_effects(batch: Batch) -> dict[str, int]:
+    """What kernels are specialised on: a bit for each Mask and Effect that may occur.
+
+    Where the batch does not say what its schedules can reach, KEEP and DROP are added to what occurs now: most of them
+    end in one of the two, and a kernel would be compiled in the middle of a training.
+    """
+    left_alone = {(Mask.DROP, Effect.FREEZE)}  # not counted: it comes and goes with gradients
+    pairs = batch.pairs
+    if pairs is None:
+        pairs = {(m, e) for m, e in batch.integers[:, [Integer.MASK, Integer.EFFECT]].tolist()} - left_alone
+        effects = {effect for _, effect in pairs} or {Effect.FREEZE}
+        pairs |= {(mask, effect) for mask in (Mask.KEEP, Mask.DROP) for effect in effects}
+    pairs = pairs - left_alone
+    return {"KINDS": _bits(mask for mask, _ in pairs), "EFFECTS": _bits(effect for _, effect in pairs)}
 
 
 def _bits(numbers: Iterable[int]) -> int:
     return sum(1 << int(n) for n in set(numbers))
-
-
-def _triton_dtype(dtype: torch.dtype):
-    import triton.language as tl
-
-    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def _interpreted() -> bool:
@@ -196,9 +203,10 @@ def _numbers(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Batch.integers and Batch.reals on the device, from the host in one copy that nothing waits for."""
     if batch.integers.device == device:
         return batch.integers, batch.reals
-    size = batch.integers.numel()
-    both = to_device(torch.cat([batch.integers.reshape(-1), batch.reals.reshape(-1).view(torch.int64)]), device)
-    return both[:size], both[size:].view(torch.float64)
+    size = batch.reals.numel()
+    # the 64 bytes of a row of reals first: Triton compiles anew for a table that is not 16-byte aligned
+    both = to_device(torch.cat([batch.reals.reshape(-1).view(torch.int64), batch.integers.reshape(-1)]), device)
+    return both[size:], both[:size].view(torch.float64)
 
 
 def _tables(batch: Batch, device: torch.device, in_memory_order: bool) -> "_Tables":
@@ -218,7 +226,7 @@ class _Tables:
         self.host = LayoutTable(batch)
         self.rows = device_rows(self.host.table, in_memory_order)  # on the host, as `host` was when `described`
         self.described = self.host.table.clone()
-        self.index_bits = index_bits(self.rows)
+        self.indexing = indexing(self.rows)
         self.layout = self.rows.to(device, copy=True)
         self.stale = False  # a captured graph took rows that `layout` does not have
         self.in_graph = False  # a captured graph reads `layout`: it must stay as it is
@@ -249,7 +257,7 @@ class _Tables:
             self.rows[:, :first] = table[:, :first]
         else:
             self.rows, self.described = device_rows(table, self.in_memory_order), table.clone()
-            self.index_bits = max(self.index_bits, index_bits(self.rows))
+            self.indexing = indexing(self.rows)
 
     def _layout_for_graph(self, changed: bool) -> Tensor:
         if not changed:

@@ -2,6 +2,9 @@
 oracle."""
 
 import os
+import re
+import shutil
+import subprocess
 import types
 from functools import partial
 from pathlib import Path
@@ -16,7 +19,6 @@ from graddrop_fused.contract import Batch, Effect, Integer, Mask, Real, Shard
 from graddrop_fused.rules import SGD, AdamW, MaskOnly
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[1]
 LEVELS = list(range(len(cpu.levels()))) + [cpu.ORACLE]
 NAMES = {**dict(enumerate(cpu.LEVELS)), cpu.ORACLE: "oracle"}
 SIMD = [level for level in LEVELS if level != cpu.ORACLE]
@@ -41,16 +43,20 @@ def assert_same_bits(a: Batch, b: Batch) -> None:
 def assert_same_as_oracle(level: int, case: parity.Case) -> None:
     """NaN apart, whose payload is the processor's business."""
     specs = tuple(parity.replace(s, grad=s.grad.replace("wild", "normal")) for s in case.specs)
-    case = parity.replace(case, specs=specs)
-    written = all(s.grad != "none" and not s.grad_expanded for s in specs)
-    for rule in (case.rule, MaskOnly())[: 1 + written]:
-        expected = parity.build(parity.replace(case, rule=rule))
-        actual = parity.clone(expected)
-        for batch, at in ((expected, cpu.ORACLE), (actual, level)):
-            if rule == MaskOnly():
-                batch.params = batch.grads
-            cpu.update(batch, rule, seed=case.seed, level=at)
-        assert_same_bits(actual, expected)
+    compare_with_oracle(level, parity.replace(case, specs=specs))
+    if all(s.grad != "none" and not s.grad_expanded for s in specs):  # what is masked in place must be there
+        specs = tuple(parity.replace(s, grad="normal") for s in specs)
+        compare_with_oracle(level, parity.replace(case, specs=specs, rule=MaskOnly()))
+
+
+def compare_with_oracle(level: int, case: parity.Case) -> None:
+    expected = parity.build(case)
+    actual = parity.clone(expected)
+    for batch, at in ((expected, cpu.ORACLE), (actual, level)):
+        if case.rule == MaskOnly():
+            batch.params = batch.grads
+        cpu.update(batch, case.rule, seed=case.seed, level=at)
+    assert_same_bits(actual, expected)
 
 
 # Against the reference: masks bit for bit, arithmetic by tolerance
@@ -89,6 +95,20 @@ def test_fuzz(level, case):
 @pytest.mark.parametrize("case", parity.CASES, ids=str)
 def test_levels_give_the_oracles_bits(level, case):
     assert_same_as_oracle(level, case)
+
+
+@needs_op
+@at_every_level
+def test_subnormal_state_becomes_zero(level):
+    """What decays without gradients would stay subnormal for ever, and slow. Callers' arithmetic is not touched."""
+    batch = small_batch()
+    for tensors in (batch.params, *batch.states):
+        tensors[0].fill_(1e-39)
+    batch.grads[0] = None
+    cpu.update(batch, AdamW(), seed=0, level=level)
+    for tensors in (batch.params, *batch.states):
+        assert torch.equal(tensors[0], torch.zeros(300))
+    assert (torch.full((100,), 1e-39) * 1.0 != 0).all()
 
 
 @pytest.fixture
@@ -176,6 +196,44 @@ def test_first_gradient_of_a_sliced_parameter(level):
         cpu.update(actual, AdamW(), seed=1, level=level)
         cpu.update(expected, AdamW(), seed=1, level=cpu.ORACLE)
         assert_same_bits(actual, expected)
+
+
+@needs_op
+@at_every_simd_level
+def test_blocks_of_every_length_are_what_their_elements_are(level):
+    """A block mask equals the packed one of the same bits, tile borders and shards included."""
+    for effect in Effect:
+        for block in (1, 2, 7, 64, 100, 128, 1000, 1024):
+            spec = parity.Spec((5000,), Mask.BLOCK, block=block, effect=effect, shard=Shard((5000,), (1,), 77))
+            drawn = parity.build(parity.Case("blocks", (spec,)))
+            read = parity.clone(drawn)
+            read.packed = [torch.zeros(157, dtype=torch.int32)]
+            cpu.pack(read, seed=3, level=level)
+            read.integers[:, Integer.MASK] = Mask.PACKED
+            read.cache.clear()
+            for batch in (drawn, read):
+                cpu.update(batch, AdamW(), seed=3, level=level)
+            assert_same_bits(read, parity.replace(drawn, packed=read.packed))
+
+
+# What compilers make of it
+
+
+@needs_op
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump, to read the op's instructions")
+def test_no_masked_loads():
+    """The hardware's prefetcher does not follow a masked load (or store), so that a step from memory would take nearly
+    twice as long. Compilers fold a select into the load before it unless something keeps them apart."""
+    (op,) = Path(cpu.__file__).parent.glob("_cpu.*")
+    if b"clang version" in op.read_bytes():
+        pytest.skip("clang folds them all the same: its op is right, and slower where memory is fast")
+    text = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", op], check=True, capture_output=True, text=True
+    ).stdout
+    own = r"\(%[re](?:ip|sp|bp)"  # constants, and the stack
+    masked = [line for line in text.splitlines() if "{%k" in line and "(%" in line and not re.search(own, line)]
+    assert not masked, f"{len(masked)} masked memory accesses, the first: {masked[:3]}"
+    assert len(text) > 100_000  # it was the op that was read
 
 
 # More than 2**31 elements

@@ -3,16 +3,50 @@
 import parity
 import pytest
 import torch
+from passes import several_passes
 
-from graddrop_fused import GradDrop, GradDropAdamW, LinearAnneal, triton_backend
+from graddrop_fused import mask_stream, triton_backend
+from graddrop_fused.contract import Batch, Shard
+from graddrop_fused.rules import MaskOnly
 
 pytestmark = pytest.mark.gpu
 
+# passes of tiles take 2048 elements of 4 bytes or 4096 of 2, and twice as many on a GPU with warps of 64
+CASES = [*parity.CASES, *several_passes(triton_backend.CHUNK, 4096)]
 
-@pytest.mark.parametrize("check", [parity.check_adamw, parity.check_mask_grads, parity.check_pack])
-@pytest.mark.parametrize("case", [c for c in parity.CASES if c.param != torch.float64], ids=lambda case: case.name)
+
+@pytest.mark.parametrize("check", [parity.check_update, parity.check_mask, parity.check_pack])
+@pytest.mark.parametrize("case", [c for c in CASES if c.param != torch.float64], ids=str)
 def test_parity(check, case):
     check(triton_backend, case, device="cuda")
+
+
+def test_known_answers():
+    parity.check_known_answers(triton_backend, device="cuda")
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("mixed-batch-adamw", "kinds-freeze-adamw-several-passes")], ids=str
+)
+def test_with_tables_on_the_device(case):
+    parity.check_update(triton_backend, case, device="cuda", capturable=True)
+
+
+def test_a_strided_tensor_beyond_32_bits():
+    """Its kernel counts in 64 bits: a column of a matrix of more than 2**31 elements, 4 GiB in bfloat16."""
+    rows, tail = 2**30 + 77, 5000
+    if torch.cuda.mem_get_info()[0] < 6 << 30:
+        pytest.skip("needs 6 GiB of free memory on the GPU")
+    matrix = torch.zeros(rows, 2, dtype=torch.bfloat16, device="cuda")
+    grads = [matrix[:, 1:]]
+    grads[0].fill_(1.0)
+    spec, rule = parity.Spec((rows, 1)), MaskOnly()
+    integers, reals = torch.tensor([spec.integers()]), torch.tensor([spec.reals(rule)], dtype=torch.float64)
+    batch = Batch(grads, [Shard.whole(spec.shape)], integers, reals, grads=grads)
+    triton_backend.update(batch, rule, seed=3)
+    assert not matrix[:, 0].any()
+    random = mask_stream.element_random(torch.arange(rows - tail, rows), seed=3, draw=1, stream_id=0)
+    assert torch.equal(matrix[-tail:, 1].cpu() != 0, mask_stream.decide(random, *spec.lo_span()))
 
 
 def _model(device="cuda"):
@@ -21,6 +55,8 @@ def _model(device="cuda"):
 
 
 def _optimizer(params, **options):
+    from graddrop_fused import GradDrop, GradDropAdamW, LinearAnneal
+
     drop = GradDrop(anneal=LinearAnneal(start=0.9, total_steps=6))
     return GradDropAdamW(params, lr=1e-3, drop=drop, seed=3, backend="triton", **options)
 
@@ -40,7 +76,7 @@ def _eager(steps, device="cuda", absent=()):
     return params
 
 
-@pytest.mark.parametrize("absent", [(), (1, 3)], ids=["", "absent"])
+@pytest.mark.parametrize("absent", [(), (1, 3)], ids=["all-gradients", "absent-gradients"])
 def test_a_captured_graph_follows_an_eager_loop_with_annealing(absent):
     params = _model()
     optimizer = _optimizer(params, capturable=True)

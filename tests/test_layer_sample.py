@@ -1,4 +1,4 @@
-"""Layers and attention targets of 40 model classes of many kinds, on the meta device: what a reader of their source says.
+"""Layers and attention targets of 40 model classes of many kinds, on the meta device, as a reader of their source says.
 
 docs/layers/sweep.csv is the table of all classes.
 """

@@ -405,13 +405,15 @@ class Towers(nn.Module):
 class Ordered(Towers):
     def forward(self, x):
         self.check(x)
-        x = self.encode(x)
+        dtype = self.late[0].mix.weight.dtype  # touches the later stack and does not run it
+        x = self.encode(x.to(dtype))
         for block in self.late:
             x = block(x)
         return self.norm(x)
 
     def check(self, x):
-        return self.late[0].mix.weight.dtype == x.dtype
+        for block in self.late:
+            assert block.mix.weight.dtype == x.dtype
 
     def encode(self, x):
         x = self.stem(x)
@@ -433,7 +435,9 @@ def test_order_is_that_of_the_forward_pass():
 
 
 def test_order_that_nothing_tells_is_an_error():
-    with pytest.raises(ValueError, match=r"in which order its stacks run.*\['late', 'early'\] of Towers.*stack='enc"):
+    with pytest.raises(
+        ValueError, match=r"in which order its stacks run.*of Towers.*lists of blocks are \['late', 'early'\]"
+    ):
         find_layers(Towers())
     assert [*find_layers(Towers(), stack="early")][:2] == ["layer.0", "layer.1"]
 

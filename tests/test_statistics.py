@@ -112,10 +112,10 @@ def test_layer_draws():
     assert abs(z_of_agreement(kept[1:], kept[:-1], 0.7)) < Z
 
 
-@pytest.mark.parametrize("block", [128, 384])
+@pytest.mark.parametrize("block", [2, 23, 128, 384])
 def test_block_masks(block):
     blocks = 6000
-    bits = mask(0.4, blocks * block - 50, block=block)  # the last block is short
+    bits = mask(0.4, blocks * block - block // 2, block=block)  # the last block is short
     whole = bits[: (blocks - 1) * block].reshape(-1, block)
     assert torch.equal(whole.all(1), whole.any(1))  # one decision for a block
     assert bits[(blocks - 1) * block :].unique().numel() == 1
@@ -143,7 +143,7 @@ def test_gaussian_moments():
     assert abs(z_of_share(normals.abs() > 1.959963985, 0.05)) < Z
 
 
-@pytest.mark.parametrize("block", [1, 128])
+@pytest.mark.parametrize("block", [1, 23, 128])
 @pytest.mark.parametrize("p", [0.0, 0.25, 0.5, 0.7, 0.9])
 def test_toggle_activates_every_element_exactly_once_in_a_cycle(p, block):
     bounds = mask_stream.epoch_bounds(p)

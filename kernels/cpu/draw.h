@@ -28,6 +28,9 @@ struct WordDecisions {
     for (int j = 0; j < 4; ++j) to[j] = word[j];
   }
   GRADDROP_INLINE bool bit(int i) const { return word[i / 32] >> (i % 32) & 1u; }
+
+  // Two elements for each of the counters `first` and on, of word j.
+  GRADDROP_INLINE void put(int j, int first, uint32_t bits) { word[j] = first == 0 ? bits : word[j] | bits << (2 * first); }
 };
 
 // Draws a tile in groups of COUNTERS counters, and a group in PARTS, so that a caller can put other work between them:
@@ -37,7 +40,7 @@ class TileDraw {
   using W = typename Words::Vector;
 
  public:
-  using Decisions = WordDecisions;
+  using Decisions = typename Words::Decisions;
   static constexpr int COUNTERS = Words::COUNTERS;
   static constexpr int PARTS = ROUNDS - 1;  // rounds 0 to 2 in one, the others, the decision
 
@@ -52,7 +55,6 @@ class TileDraw {
     round1_word0_ = low(product2) ^ s.key0[1][0];
     round1_word2_ = high(product0) ^ s.key1[1][0];
     round2_word2_ = low(product0) ^ s.key1[2][0];
-    if (COUNTERS < COUNTERS_PER_TILE) decisions.read(NONE);
   }
 
   // Of the group whose first counter is the tile's number `first`.
@@ -64,16 +66,11 @@ class TileDraw {
     } else if constexpr (PART < PARTS - 1) {
       round(PART + 2);
     } else {
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t bits = Words::decide(even_[j], odd_[j], s_.lo, s_.span);
-        decisions_.word[j] = COUNTERS < COUNTERS_PER_TILE ? decisions_.word[j] | bits << (2 * first) : bits;
-      }
+      for (int j = 0; j < 4; ++j) decisions_.put(j, first, Words::decide(even_[j], odd_[j], s_.lo, s_.span));
     }
   }
 
  private:
-  static constexpr uint32_t NONE[4] = {};
-
   GRADDROP_INLINE void first_rounds(int first, W x[4]) {
     const W multiplier0 = Words::set(&MULTIPLIER0), multiplier1 = Words::set(&MULTIPLIER1);
     const W round0 = Words::multiply(Words::counters(low(index_) + static_cast<uint32_t>(first)), multiplier0);

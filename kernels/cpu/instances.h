@@ -25,6 +25,7 @@ struct Double {
   static double max(double a, double b) { return a > b ? a : b; }
   static double sqrt(double a) { return std::sqrt(a); }
   static double sign(double a) { return static_cast<double>(a > 0) - static_cast<double>(a < 0); }
+  static void pin(double&) {}
   static double keep(bool kept, double a) { return kept ? a : 0.0; }
   static double select(bool kept, double a, double b) { return kept ? a : b; }
   static double load(const double* x) { return *x; }

@@ -3,6 +3,6 @@
 
 namespace graddrop {
 
-extern const Level level_default = make_level<LoopDraw, Float1>("default");
+extern const Level level_default = make_level<PortableDraw, Float1>("default");
 
 }  // namespace graddrop

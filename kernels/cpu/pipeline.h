@@ -19,6 +19,12 @@ inline const double* factors_of(const Factors& factors, double) { return factors
 #define GRADDROP_INDEPENDENT
 #endif
 
+#if defined(__GNUC__)
+#define GRADDROP_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define GRADDROP_PREFETCH(address)
+#endif
+
 // A tile that is drawn is drawn while its predecessor is updated: an update waits for memory, a square root and a
 // division, and a draw for multiplications. Updates wait so long that a processor's window holds few whole ones.
 // Therefore the stages of a rule that has any overlap: of three neighbouring vectors at a time.
@@ -27,7 +33,7 @@ class Pipeline {
   using V = typename Rule::Vector;
   using F = typename V::Floats;
   using Decisions = typename Draw::Decisions;
-  static constexpr bool SELECTS_GRADIENT = SELECT == Select::GRADIENT || SELECT == Select::EVERYTHING;
+  static constexpr bool SELECTS_GRADIENT = SELECT == Select::GRADIENT;  // else what comes of a dropped one is dropped
   static constexpr bool SELECTS_PARAM = SELECT == Select::PARAMETER || SELECT == Select::EVERYTHING;
   static constexpr bool SELECTS_STATE = SELECT == Select::EVERYTHING;
   // one lane: the loop over elements is the compiler's to vectorise
@@ -107,15 +113,29 @@ class Pipeline {
     ((draw_parts<VECTOR * PARTS / VECTORS>(
           draw, first / ELEMENTS_PER_COUNTER,
           std::make_integer_sequence<int, (VECTOR + 1) * PARTS / VECTORS - VECTOR * PARTS / VECTORS>{}),
-      update(decisions, first + VECTOR * V::WIDTH)),
+      prefetch(first + VECTOR * V::WIDTH), update(decisions, first + VECTOR * V::WIDTH)),
      ...);
+  }
+
+  // The next tile's lines. A draw's instructions fill the processor's window, which would otherwise reach these loads.
+  GRADDROP_INLINE void prefetch(int i) const {
+    prefetch(param_, i);
+    prefetch(grad_, i);
+    for (int k = 0; k < Rule::STATES; ++k) prefetch(state_[k], i);
+  }
+  template <class T>
+  GRADDROP_INLINE static void prefetch(const T* x, int i) {
+    constexpr int LINE = 64;  // bytes
+    if (i * static_cast<int>(sizeof(T)) % LINE == 0) GRADDROP_PREFETCH(x + TILE + i);
   }
 
   GRADDROP_INLINE void update(const Decisions& decisions, int i) {
     typename V::Kept kept{};
     if (SELECT != Select::NOWHERE) kept = V::kept(decisions, i);
     const F p = V::load(param_ + i);
-    F g = V::load(grad_ + i) * grad_factor_;
+    F g = V::load(grad_ + i);
+    if (SELECTS_GRADIENT) V::pin(g);
+    g = g * grad_factor_;
     if (SELECTS_GRADIENT) g = V::keep(kept, g);
     F old_state[MAX_STATES], state[MAX_STATES];
     for (int k = 0; k < Rule::STATES; ++k) old_state[k] = state[k] = V::load(state_[k] + i);

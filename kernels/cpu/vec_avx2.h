@@ -24,17 +24,20 @@ struct Floats8 {
   }
 
   static Kept kept(const WordDecisions& decisions, int i) {
-    const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    const __m256i bits = _mm256_set1_epi32(static_cast<int>(decisions.word[i / 32] >> (i % 32)));
+    const __m256i lanes = _mm256_slli_epi32(_mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), i % 32);
+    const __m256i bits = _mm256_set1_epi32(static_cast<int>(decisions.word[i / 32]));
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(bits, lanes), lanes));
   }
+  static void pin(Floats&) {}  // there are no masked loads that a select could be folded into
   static Floats keep(Kept kept, Floats a) { return _mm256_and_ps(kept, a); }
   static Floats select(Kept kept, Floats a, Floats b) { return _mm256_blendv_ps(b, a, kept); }
 
   static Floats load(const float* x) { return _mm256_loadu_ps(x); }
   static Floats load(const bfloat16* x) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    const __m256i upper_halves = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                                                  -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, upper_halves));
   }
   static Floats load(const float16* x) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
@@ -46,8 +49,10 @@ struct Floats8 {
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-    rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
+    const __m256i upper = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                           2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(rounded, upper), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_castsi256_si128(packed));
   }
   static void store(float16* x, Floats a) {
@@ -56,6 +61,7 @@ struct Floats8 {
 };
 
 struct Philox8 {
+  using Decisions = WordDecisions;
   static constexpr int COUNTERS = 8;
   using Vector = __m256i;  // upper halves are dirty: nothing may read them
 
@@ -72,11 +78,12 @@ struct Philox8 {
   // Bits 2 l and 2 l + 1: whether the low and the high half of counter l's word lie in the window.
   static uint32_t decide(Vector even, Vector odd, uint16_t lo, uint16_t span) {
     const __m256i halves = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-    // AVX2 compares signed numbers: both sides are moved by 2**15
-    const __m256i moved = _mm256_add_epi16(halves, _mm256_set1_epi16(static_cast<int16_t>(0x8000u - lo)));
-    const __m256i outside = _mm256_cmpgt_epi16(moved, _mm256_set1_epi16(static_cast<int16_t>(span ^ 0x8000u)));
-    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(outside), _mm256_extracti128_si256(outside, 1));
-    return static_cast<uint32_t>(_mm_movemask_epi8(bytes)) ^ 0xffffu;
+    // saturated differences, since AVX2 compares signed numbers only
+    const __m256i beyond = _mm256_subs_epu16(_mm256_sub_epi16(halves, _mm256_set1_epi16(static_cast<int16_t>(lo))),
+                                             _mm256_set1_epi16(static_cast<int16_t>(span)));
+    const __m256i inside = _mm256_cmpeq_epi16(beyond, _mm256_setzero_si256());
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(inside), _mm256_extracti128_si256(inside, 1));
+    return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
   }
 };
 

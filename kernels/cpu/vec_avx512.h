@@ -18,32 +18,33 @@ namespace {
 struct MaskedFloats8 : Floats8 {
   using Kept = __mmask8;
 
-  static Kept kept(const WordDecisions& decisions, int i) { return static_cast<Kept>(decisions.word[i / 32] >> (i % 32)); }
+  static Kept kept(const WordDecisions& d, int i) { return static_cast<Kept>(d.word[i / 32] >> (i % 32)); }
+
   // Compilers would fold a select into the load of what is selected. The hardware's prefetcher does not follow masked
-  // loads, so that a step from memory would take nearly twice as long: what is selected must be in a register.
-  static Floats keep(Kept kept, Floats a) {
-    asm("" : "+v"(a));
-    return _mm256_maskz_mov_ps(kept, a);
-  }
+  // loads, so that a step from memory would take nearly twice as long. Therefore it has to be in a register first.
+  static void pin(Floats& a) { asm("" : "+v"(a)); }
+  static Floats keep(Kept kept, Floats a) { return _mm256_maskz_mov_ps(kept, a); }
   static Floats select(Kept kept, Floats a, Floats b) {
-    asm("" : "+v"(a), "+v"(b));
+    pin(a);
+    pin(b);
     return _mm256_mask_blend_ps(kept, b, a);
   }
 
   using Floats8::store;
-  static void store(bfloat16* x, Floats a) {
+  static void store(bfloat16* x, Floats a) {  // to nearest, ties to even
     const __m256i upper_halves = _mm256_setr_epi16(1, 3, 5, 7, 9, 11, 13, 15, 0, 0, 0, 0, 0, 0, 0, 0);
     const __m256i bits = _mm256_castps_si256(a);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __mmask8 nan = _mm256_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-    rounded = _mm256_mask_mov_epi32(rounded, nan, _mm256_set1_epi32(0x7fc00000));
-    rounded = _mm256_permutexvar_epi16(upper_halves, rounded);
+    const __mmask8 odd = _mm256_test_epi32_mask(bits, _mm256_set1_epi32(0x10000));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff));
+    rounded = _mm256_mask_add_epi32(rounded, odd, rounded, _mm256_set1_epi32(1));
+    const __mmask8 number = _mm256_cmp_ps_mask(a, a, _CMP_ORD_Q);  // of the lower eight 16-bit lanes, that is
+    rounded = _mm256_mask_permutexvar_epi16(_mm256_set1_epi16(0x7fc0), number, upper_halves, rounded);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_castsi256_si128(rounded));
   }
 };
 
 struct Philox16 {
+  using Decisions = WordDecisions;
   static constexpr int COUNTERS = 16;
   using Vector = __m512i;  // upper halves are dirty: nothing may read them
 

@@ -1,7 +1,11 @@
-// Plain loops over a tile, for every processor; compilers vectorise them with what the target has.
+// For every processor: plain loops over a tile, which compilers vectorise with what the target has, and counters drawn
+// on the vectors that every x86-64 processor has, since compilers make much less of those.
 #pragma once
 
 #include <cmath>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "draw.h"
 #include "dtypes.h"
@@ -21,7 +25,7 @@ constexpr Bits BITS = each_bit();
 
 // A tile's decisions, one word for each element: many processors cannot shift lanes by different distances.
 struct LaneDecisions {
-  uint32_t kept[TILE];  // all ones where kept
+  alignas(16) uint32_t kept[TILE];  // all ones where kept
 
   void read(const uint32_t from[4]) {
     for (int j = 0; j < 4; ++j) {
@@ -35,6 +39,15 @@ struct LaneDecisions {
     }
   }
   bool bit(int i) const { return kept[i] != 0; }
+
+#ifdef __SSE2__
+  // Eight elements, for the counters `first` to `first` + 3, of word j.
+  GRADDROP_INLINE void put(int j, int first, __m128i inside) {
+    auto* to = reinterpret_cast<__m128i*>(kept + 32 * j + 2 * first);
+    _mm_store_si128(to, _mm_unpacklo_epi16(inside, inside));
+    _mm_store_si128(to + 1, _mm_unpackhi_epi16(inside, inside));
+  }
+#endif
 };
 
 // One lane: a loop over elements is left to the compiler.
@@ -51,6 +64,7 @@ struct Float1 {
   static float sqrt(float a) { return std::sqrt(a); }
   static float sign(float a) { return static_cast<float>(a > 0) - static_cast<float>(a < 0); }
 
+  static void pin(float&) {}
   static float keep(Kept kept, float a) { return float_of(bits_of(a) & kept); }
   static float select(Kept kept, float a, float b) { return float_of((bits_of(a) & kept) | (bits_of(b) & ~kept)); }
 
@@ -64,21 +78,51 @@ struct Float1 {
   }
 };
 
+#ifdef __SSE2__
+
+// Four counters with Philox words in the low half of 64-bit lanes.
+struct Philox4 {
+  using Decisions = LaneDecisions;
+  static constexpr int COUNTERS = 4;
+  using Vector = __m128i;  // upper halves are dirty: nothing may read them
+
+  static Vector set(const uint32_t* x) { return _mm_set1_epi32(static_cast<int>(*x)); }
+  static Vector key(const uint32_t x[KEY_COPIES]) { return _mm_load_si128(reinterpret_cast<const __m128i*>(x)); }
+  // first and first + 2: every other counter, so that two vectors interleave into COUNTERS consecutive ones
+  static Vector counters(uint32_t first) { return _mm_set_epi64x(first + 2, first); }
+  static Vector multiply(Vector a, Vector b) { return _mm_mul_epu32(a, b); }
+  static Vector high_half(Vector product) { return _mm_srli_epi64(product, 32); }
+  static Vector exclusive_or(Vector a, Vector b) { return _mm_xor_si128(a, b); }
+  static Vector exclusive_or(Vector a, Vector b, Vector c) { return _mm_xor_si128(a, _mm_xor_si128(b, c)); }
+  // All ones where a half lies in the window, two halves for each counter.
+  static Vector decide(Vector even, Vector odd, uint16_t lo, uint16_t span) {
+    const Vector low_halves = _mm_and_si128(even, _mm_set1_epi64x(0xffffffff));
+    const Vector halves = _mm_or_si128(low_halves, _mm_slli_epi64(odd, 32));
+    const Vector moved = _mm_sub_epi16(halves, _mm_set1_epi16(static_cast<int16_t>(lo)));
+    return _mm_cmpeq_epi16(_mm_subs_epu16(moved, _mm_set1_epi16(static_cast<int16_t>(span))), _mm_setzero_si128());
+  }
+};
+using PortableDraw = TileDraw<Philox4>;
+
+#else
+
 // A tile's counters at once, in one part.
-class LoopDraw {
+class PortableDraw {
  public:
   using Decisions = LaneDecisions;
   static constexpr int COUNTERS = COUNTERS_PER_TILE;
   static constexpr int PARTS = 1;
 
-  LoopDraw(const MaskStream& s, uint64_t tile, Decisions& decisions) : s_(s), tile_(tile), decisions_(decisions) {}
+  PortableDraw(const MaskStream& s, uint64_t tile, Decisions& decisions) : s_(s), tile_(tile), decisions_(decisions) {}
 
   template <int PART>
   void part(int) {
     uint32_t x[4][COUNTERS];
     consecutive_outputs<COUNTERS>(s_, tile_ * COUNTERS, Purpose::ELEMENT, x);
-    for (int word = 0; word < 4; ++word) {
-      for (int i = 0; i < 32; ++i) decisions_.kept[32 * word + i] = decide(s_, half(x[word][i / 2], i)) ? ~0u : 0u;
+    for (int k = 0; k < TILE / 2; ++k) {
+      const uint32_t word = x[k / COUNTERS][k % COUNTERS];
+      decisions_.kept[2 * k] = decide(s_, half(word, 0)) ? ~0u : 0u;
+      decisions_.kept[2 * k + 1] = decide(s_, half(word, 1)) ? ~0u : 0u;
     }
   }
 
@@ -87,6 +131,8 @@ class LoopDraw {
   uint64_t tile_;
   Decisions& decisions_;
 };
+
+#endif
 
 }  // namespace
 }  // namespace graddrop

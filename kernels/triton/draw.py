@@ -9,7 +9,7 @@ dimension, so VECTOR // 2 counters serve all its 4 * VECTOR elements, and its de
 layout.)
 
 *Lanes*: the same tiles, an element an access. Element 128 * t + 32 * w + l is element (t, l) of the w-th access,
-[TILES, 32], so a counter serves a thread's four elements. Its decisions are bits 0 to 3 of an integer.
+[TILES, 32], so a counter serves a thread's four elements.
 
 *Elements*: any elements, in one dimension, a counter each.
 """
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .memory import in_a_row
-from .philox import words_at
+from .philox import select, words_at
 from .tables import (
     BLOCK,
     BLOCK_BIT,
@@ -75,11 +75,6 @@ def raised(word, upper):
 
 
 @triton.jit
-def select(which, four):
-    return tl.where(which < 2, tl.where(which == 0, four[0], four[1]), tl.where(which == 2, four[2], four[3]))
-
-
-@triton.jit
 def only_one(value, BITS: tl.constexpr, COUNT: tl.constexpr):
     """``value``, as a number known to the compiler where BITS leave only one: it drops every other branch."""
     for only in tl.static_range(COUNT):
@@ -103,9 +98,9 @@ def resolve_kind(kind, integers, seed, KINDS: tl.constexpr):
 @triton.jit
 def block_kept(number, window, key):
     """Decisions of blocks (int64)."""
-    number = number.to(tl.uint64)
-    words = words_at((number // 8).to(tl.int64), FOR_BLOCK, key)
-    return decide(raised(select(number // 2 % 4, words), (number % 2).to(tl.uint32)), window)
+    words = words_at(number >> 3, FOR_BLOCK, key)
+    low = number.to(tl.uint32)
+    return decide(raised(select(low >> 1, words), low & 1), window)
 
 
 @triton.jit
@@ -116,7 +111,7 @@ def block_at(offset, first, block, window, key):
     """
     number = first // block
     beyond = offset - tl.minimum((number + 1) * block - first, FAR).to(tl.int32)
-    further = 1 + beyond // tl.minimum(block, FAR).to(tl.int32)
+    further = 1 + beyond.to(tl.uint32) // tl.minimum(block, FAR).to(tl.uint32)
     return block_kept(number + tl.where(beyond < 0, 0, further), window, key)
 
 
@@ -137,9 +132,7 @@ def whole_tiles_kept(kind, first, block, window, key, KINDS: tl.constexpr, TILES
 
 
 @triton.jit
-def tiles_kept(
-    kind, whole, first, packed, window, key, KINDS: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr
-):
+def tiles_kept(kind, whole, first, packed, window, key, KINDS: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr):
     """Each thread's decisions, [TILES, PARTS].
 
     ``first``: as above. ``whole``: of whole_tiles_kept. ``packed``: at the first tile's words, 16-byte aligned.
@@ -164,14 +157,11 @@ def tile_counters(first, TILES: tl.constexpr):
 def drawn_bits(first, window, key, TILES: tl.constexpr, VECTOR: tl.constexpr):
     counters = tile_counters(first, TILES) + (tl.arange(0, 32 // VECTOR) * (VECTOR // 2))[None, :]
     bits = tl.zeros([TILES, 32 // VECTOR], tl.int32)
-    # a loop that stays one: counters all at once would take registers that the update needs
-    for pair in range(0, VECTOR, 4):
-        for next in tl.static_range(0, 4, 2):
-            words = words_at(counters + (pair + next) // 2, FOR_ELEMENT, key)
-            for w in tl.static_range(4):
-                lower, upper = decide(words[w] << 16, window), decide(words[w], window)
-                bits |= lower.to(tl.int32) << (VECTOR * w + next) << pair
-                bits |= upper.to(tl.int32) << (VECTOR * w + next + 1) << pair
+    # a counter at a time: all at once they would take registers that the update needs
+    for pair in range(0, VECTOR, 2):
+        words = words_at(counters + pair // 2, FOR_ELEMENT, key)
+        for w in tl.static_range(4):
+            bits |= two_bits(words[w], window) << (VECTOR * w + pair)
     return bits
 
 
@@ -227,33 +217,52 @@ def two_bits(word, window):
 
 
 @triton.jit
-def lanes_kept(kind, offset, inside, first, index, packed, block, window, key, KINDS: tl.constexpr, TILES: tl.constexpr):
-    """Each thread's four decisions, [TILES, 32].
+def lanes_kept(
+    kind, offset, inside, first, index, packed, block, window, key, KINDS: tl.constexpr, TILES: tl.constexpr
+):
+    """Each thread's four decisions, four [TILES, 32].
 
-    ``offset``: int32, [TILES, 32], the thread's first element in the chunk, whose own first element has the global index
-    ``index`` and stands at bit 0 of ``packed``. ``first``: global index of the pass's first element, a multiple of 128.
-    ``inside``: four [TILES, 32], is the element in the chunk?
+    ``offset``: int32, [TILES, 32], the thread's first element, counted from that of the chunk, which has the global
+    index ``index`` and stands at bit 0 of ``packed``. ``first``: global index of the pass's first element, a multiple
+    of 128. ``inside``: four [TILES, 32], is the element in the chunk?
     """
-    bits = tl.zeros([TILES, 32], tl.int32) + tl.where(kind == DROP, 0, -1)
+    k0 = tl.zeros([TILES, 32], tl.int32) + kind.to(tl.int32) != DROP
+    k1, k2, k3 = k0, k0, k0
     if ELEMENT_BIT & KINDS:
         if kind == ELEMENT:
-            lane = tl.arange(0, 32).to(tl.uint32)[None, :]
-            words = words_at(tile_counters(first, TILES) + lane // 2, FOR_ELEMENT, key)
-            bits = tl.zeros([TILES, 32], tl.int32)
-            for w in tl.static_range(4):
-                bits |= decide(raised(words[w], lane % 2), window).to(tl.int32) << w
+            k0, k1, k2, k3 = lanes_drawn(first, window, key, TILES)
     if BLOCK_BIT & KINDS:
         if kind == BLOCK:
             bits = tl.zeros([TILES, 32], tl.int32)
-            for w in tl.static_range(4):
+            for w in range(4):  # one after another, for registers
                 bits |= block_at(offset + 32 * w, index, block, window, key).to(tl.int32) << w
+            k0, k1, k2, k3 = bits & 1 != 0, bits & 2 != 0, bits & 4 != 0, bits & 8 != 0
     if PACKED_BIT & KINDS:
         if kind == PACKED:
-            bits = tl.zeros([TILES, 32], tl.int32)
-            for w in tl.static_range(4):
-                word = tl.load(packed + ((offset + 32 * w) >> 5), mask=inside[w], other=0)
-                bits |= ((word >> (offset & 31)) & 1) << w
-    return bits
+            words = packed + (offset >> 5)
+            k0 = packed_bit(words, offset, inside[0])
+            k1 = packed_bit(words + 1, offset, inside[1])
+            k2 = packed_bit(words + 2, offset, inside[2])
+            k3 = packed_bit(words + 3, offset, inside[3])
+    return k0, k1, k2, k3
+
+
+@triton.jit
+def lanes_drawn(first, window, key, TILES: tl.constexpr):
+    lane = tl.arange(0, 32).to(tl.uint32)[None, :]
+    words, upper = words_at(tile_counters(first, TILES) + lane // 2, FOR_ELEMENT, key), lane % 2
+    return (
+        decide(raised(words[0], upper), window),
+        decide(raised(words[1], upper), window),
+        decide(raised(words[2], upper), window),
+        decide(raised(words[3], upper), window),
+    )
+
+
+@triton.jit
+def packed_bit(words, offset, inside):
+    """Bit ``offset % 32`` of the words at the pointers ``words``."""
+    return (tl.load(words, mask=inside, other=0) >> (offset & 31).to(tl.int32)) & 1 != 0
 
 
 # Elements
@@ -261,17 +270,17 @@ def lanes_kept(kind, offset, inside, first, index, packed, block, window, key, K
 
 @triton.jit
 def elements_kept(kind, local, inside, index, packed, block, window, key, KINDS: tl.constexpr):
-    """One mask bit per element. ``local``: row-major index in the tensor, ``index``: in the whole parameter (uint64)."""
-    kept = tl.zeros_like(index).to(tl.int64) + kind != DROP
+    """One mask bit per element. ``local``: row-major index in the tensor, ``index``: in the whole parameter (int64)."""
+    kept = tl.zeros_like(index) + kind != DROP
     if ELEMENT_BIT & KINDS:
         if kind == ELEMENT:
-            words = words_at((index // TILE * 16 + index % 32 // 2).to(tl.int64), FOR_ELEMENT, key)
-            kept = decide(raised(select(index // 32 % 4, words), (index % 2).to(tl.uint32)), window)
+            low = index.to(tl.uint32)
+            words = words_at((index >> 7 << 4) + (low >> 1 & 15), FOR_ELEMENT, key)
+            kept = decide(raised(select(low >> 5, words), low & 1), window)
     if BLOCK_BIT & KINDS:
         if kind == BLOCK:
-            kept = block_kept(index // block.to(tl.uint64), window, key)
+            kept = block_kept(index // block, window, key)
     if PACKED_BIT & KINDS:
         if kind == PACKED:
-            word = tl.load(packed + local // 32, mask=inside, other=0)
-            kept = (word >> (local % 32).to(tl.int32)) & 1 != 0
+            kept = packed_bit(packed + local // 32, local, inside)
     return kept

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .memory import in_a_row, side_by_side
-from .philox import words_at
+from .philox import select, words_at
 from .tables import FOR_GAUSSIAN, TILE
 
 
@@ -34,9 +34,8 @@ def lanes_noise(first, key, TILES: tl.constexpr):
 @triton.jit
 def elements_noise(index, key):
     """A standard normal for each global element index."""
-    four = normals(words_at((index // TILE) * 32 + index % 32, FOR_GAUSSIAN, key))
-    word = index // 32 % 4
-    return tl.where(word < 2, tl.where(word == 0, four[0], four[1]), tl.where(word == 2, four[2], four[3]))
+    low = index.to(tl.uint32)
+    return select(low >> 5, normals(words_at((index >> 7 << 5) + (low & 31), FOR_GAUSSIAN, key)))
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from .draw import (
 )
 from .effects import takes_grad, writes_param, writes_state
 from .gaussian import elements_noise, lanes_noise, tiles_noise
-from .memory import aligned, chunk_at, is_linear, load_tiles, locate, pointer, store_tiles
+from .memory import aligned, chunk_at, dimensions, is_linear, load_tiles, locate, pointer, store_tiles
 from .tables import (
     BLOCK,
     BLOCK_BIT,
@@ -42,7 +42,6 @@ from .tables import (
     MASK_KIND,
     NOISE_STD,
     OFFSET,
-    PACKED_BIT,
     PACKED_WORDS,
     PARAM,
     REALS,
@@ -69,7 +68,8 @@ def update_kernel(
     STATE_DTYPE: tl.constexpr,
     KINDS: tl.constexpr,  # bit k: Mask k may occur; this and the next but for tensors that are left alone
     EFFECTS: tl.constexpr,  # bit k: Effect k may occur
-    INDEX_BITS: tl.constexpr,  # of indices in passes of elements; 0: every tensor is linear
+    DIMS: tl.constexpr,  # most dimensions of a tensor that is not linear; 0: all are
+    WIDE: tl.constexpr,  # such a tensor reaches beyond 32 bits
     TILES: tl.constexpr,  # of a pass of tiles
     VECTOR: tl.constexpr,  # consecutive elements of a thread in it
     LANES: tl.constexpr,  # tiles of a pass of lanes
@@ -91,12 +91,11 @@ def update_kernel(
     if (kind == DROP) & (effect == FREEZE):
         return
 
-    linear = is_linear(row)
-    if INDEX_BITS != 0:
-        if not linear:
+    if DIMS > 0:
+        if not is_linear(row):
             update_elements(
                 start, stop, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
-                PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, INDEX_BITS, ELEMENTS,
+                PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, DIMS, WIDE, ELEMENTS,
             )  # fmt: skip
             return
     pointers = tl.load(row + PARAM) | tl.load(row + GRAD) | tl.load(row + PACKED_WORDS)
@@ -112,10 +111,11 @@ def update_kernel(
         middle, stop, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
         PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, LANES,
     )  # fmt: skip
-    update_tiles(
-        start, middle, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
-        PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, TILES, VECTOR,
-    )  # fmt: skip
+    if start < middle:
+        update_tiles(
+            start, middle, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
+            PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, TILES, VECTOR,
+        )  # fmt: skip
 
 
 # The passes load their numbers each for itself: what stayed in registers across one would lower the occupancy of all.
@@ -202,16 +202,15 @@ def update_lanes(
             in_range(offset + 64, count),
             in_range(offset + 96, count),
         )
-        bits = lanes_kept(kind, offset, inside, index + base, index, packed, block, window, key, KINDS, LANES)
+        kept = lanes_kept(kind, offset, inside, index + base, index, packed, block, window, key, KINDS, LANES)
         if GAUSSIAN_BIT & KINDS:
             noise = lanes_noise(index + base, key, LANES)
         for w in tl.static_range(4):
             factor = grad_factor
             if GAUSSIAN_BIT & KINDS:
                 factor = (1 + std * noise[w]) * grad_factor
-            at = offset + 32 * w
             update_at(
-                p_ptr + at, g_ptr + at, state_ptrs, at, inside[w], (bits >> w) & 1 != 0, reads_grad, effect,
+                p_ptr + offset, g_ptr + offset, state_ptrs, offset, 32 * w, inside[w], kept[w], reads_grad, effect,
                 factor, factors, RULE, STATES, dtype,
             )  # fmt: skip
 
@@ -221,7 +220,7 @@ def update_elements(
     start, stop, row, integers, reals, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
-    INDEX_BITS: tl.constexpr, ELEMENTS: tl.constexpr,
+    DIMS: tl.constexpr, WIDE: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
@@ -233,41 +232,41 @@ def update_elements(
         state_ptrs = state_ptrs + (pointer(row + STATE + k, STATE_DTYPE),)
     packed = pointer(row + PACKED_WORDS, tl.int32)
     reads_grad = has_grad(row, kind, effect)
+    number: tl.constexpr = tl.int64 if WIDE else tl.int32
+    dims = dimensions(row, number, DIMS)
 
-    for base in range(start, stop, ELEMENTS):
+    for base in range(start.to(number), stop.to(number), ELEMENTS):
         position = base + tl.arange(0, ELEMENTS)
-        inside = position < stop
-        if INDEX_BITS == 32:
-            position = position.to(tl.int32)
-        p_at, g_at, steps, local = locate(position, row, PACKED_BIT & KINDS)
-        index = (offset + steps).to(tl.uint64)
+        inside = position < stop.to(number)
+        p_at, g_at, steps, local = locate(position, dims, DIMS)
+        index = offset + steps
         kept = elements_kept(kind, local, inside, index, packed, block, window, key, KINDS)
         factor = grad_factor
         if GAUSSIAN_BIT & KINDS:
             factor = (1 + std * elements_noise(index, key)) * grad_factor
         update_at(
-            p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, inside, kept, reads_grad, effect,
+            p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, 0, inside, kept, reads_grad, effect,
             factor, factors, RULE, STATES, dtype,
         )  # fmt: skip
 
 
 @triton.jit
 def update_at(
-    p_ptr, g_ptr, state_ptrs, at, inside, kept, reads_grad, effect, grad_factor, factors,
+    p_ptr, g_ptr, state_ptrs, offset, SHIFT: tl.constexpr, inside, kept, reads_grad, effect, grad_factor, factors,
     RULE: tl.constexpr, STATES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """An element for each of the pointers ``p_ptr``; the states' are offset by ``at``."""
+    """An element for each pointer of ``p_ptr`` and ``g_ptr``, SHIFT elements on; the states' is at ``offset``."""
     live = inside & writes_state(kept, effect)
     grad_live = tl.where(reads_grad, inside & takes_grad(kept, effect), False)
-    p = tl.load(p_ptr, mask=live, other=0).to(dtype)
-    g = tl.load(g_ptr, mask=grad_live, other=0).to(dtype)
+    p = tl.load(p_ptr + SHIFT, mask=live).to(dtype)
+    g = tl.load(g_ptr + SHIFT, mask=grad_live, other=0).to(dtype)
     states = ()
     for k in tl.static_range(STATES):
-        states = states + (tl.load(state_ptrs[k] + at, mask=live, other=0).to(dtype),)
+        states = states + (tl.load(state_ptrs[k] + offset + SHIFT, mask=live).to(dtype),)
     p, states = RULE(p, g * grad_factor, states, factors)
-    tl.store(p_ptr, p.to(p_ptr.dtype.element_ty), mask=inside & writes_param(kept, effect))
+    tl.store(p_ptr + SHIFT, p.to(p_ptr.dtype.element_ty), mask=inside & writes_param(kept, effect))
     for k in tl.static_range(STATES):
-        tl.store(state_ptrs[k] + at, states[k].to(state_ptrs[k].dtype.element_ty), mask=live)
+        tl.store(state_ptrs[k] + offset + SHIFT, states[k].to(state_ptrs[k].dtype.element_ty), mask=live)
 
 
 @triton.constexpr_function
@@ -307,7 +306,8 @@ def pack_kernel(
     integers,
     seed: tl.uint64,
     KINDS: tl.constexpr,
-    INDEX_BITS: tl.constexpr,
+    DIMS: tl.constexpr,
+    WIDE: tl.constexpr,
     TILES: tl.constexpr,
     ELEMENTS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -334,15 +334,15 @@ def pack_kernel(
 
     WORDS: tl.constexpr = ELEMENTS // 32
     packed = pointer(row + PACKED_WORDS, tl.int32)  # not aligned here
+    number: tl.constexpr = tl.int64 if WIDE else tl.int32
+    dims = dimensions(row, number, DIMS)
     for base in range(middle, stop, ELEMENTS):
         position = base + tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]
         inside = position < stop
         steps = position
-        if INDEX_BITS == 32:
-            position = position.to(tl.int32)
-        if INDEX_BITS != 0:
-            _, _, steps, _ = locate(position, row, False)
-        index = (offset + steps).to(tl.uint64)
+        if DIMS > 0:
+            _, _, steps, _ = locate(position.to(number), dims, DIMS)
+        index = offset + steps
         kept = inside & elements_kept(kind, position, inside, index, packed, block, window, key, KINDS)
         words = tl.sum(kept.to(tl.int32) << tl.arange(0, 32)[None, :], 1)
         first_bits = base + tl.arange(0, WORDS) * 32

@@ -6,8 +6,8 @@ import triton.language as tl
 from .tables import (
     GLOBAL_STRIDE,
     GRAD_STRIDE,
+    LINEAR,
     LOCAL_STRIDE,
-    NDIM,
     NUMEL,
     PARAM_STRIDE,
     RECIPROCAL,
@@ -28,12 +28,8 @@ def chunk_at(chunks, layout, CHUNK: tl.constexpr):
 
 @triton.jit
 def is_linear(row):
-    """Memory and the global index both run through the tensor with stride 1. One element has no dimension."""
-    strides_are_1 = (
-        (tl.load(row + PARAM_STRIDE) == 1) & (tl.load(row + GRAD_STRIDE) == 1) & (tl.load(row + GLOBAL_STRIDE) == 1)
-    )
-    ndim = tl.load(row + NDIM)
-    return (ndim == 0) | ((ndim == 1) & strides_are_1)
+    """Memory and the global index both run through the tensor with stride 1."""
+    return tl.load(row + LINEAR) != 0
 
 
 @triton.jit
@@ -91,41 +87,51 @@ def in_a_row(a, b, c, d):
 
 
 @triton.jit
-def locate(position, row, PACKED: tl.constexpr):
+def dimensions(row, number: tl.constexpr, DIMS: tl.constexpr):
+    """What :func:`locate` needs: for each dimension (size, multiplier, shift, strides), innermost first."""
+    dims = ()
+    for d in tl.static_range(DIMS):
+        prepared = tl.load(row + RECIPROCAL + d)
+        dims = dims + (
+            (
+                tl.load(row + SIZE + d).to(number),
+                prepared.to(tl.uint32),
+                (prepared >> 32).to(tl.uint32),
+                tl.load(row + PARAM_STRIDE + d).to(number),
+                tl.load(row + GRAD_STRIDE + d).to(number),
+                tl.load(row + GLOBAL_STRIDE + d).to(number),
+                tl.load(row + LOCAL_STRIDE + d).to(number),
+            ),
+        )
+    return dims
+
+
+@triton.jit
+def locate(position, dims, DIMS: tl.constexpr):
     """Where elements lie, from their positions in the order of the row's dimensions.
 
-    All in the integer type of ``position``: offsets of parameter and gradient, steps of the global index and, with
-    PACKED, the local row-major index, which only packed words need.
+    Offsets of parameter and gradient, steps of the global index and the local row-major index, all in the integer type
+    of ``position``. A tensor of fewer than DIMS dimensions has nothing left for those that it lacks.
     """
-    number: tl.constexpr = position.dtype
     zero = tl.zeros_like(position)
     param, grad, index, local, rest = zero, zero, zero, zero, position
-    ndim = tl.load(row + NDIM).to(tl.int32)
-    for outer in range(1, ndim):
-        column = row + (ndim - outer)
-        size = tl.load(column + SIZE).to(number)
-        quotient = divide(rest, size, column)
-        here = rest - quotient * size
-        param += here * tl.load(column + PARAM_STRIDE).to(number)
-        grad += here * tl.load(column + GRAD_STRIDE).to(number)
-        index += here * tl.load(column + GLOBAL_STRIDE).to(number)
-        if PACKED:
-            local += here * tl.load(column + LOCAL_STRIDE).to(number)
-        rest = quotient
-    param += rest * tl.load(row + PARAM_STRIDE).to(number)
-    grad += rest * tl.load(row + GRAD_STRIDE).to(number)
-    index += rest * tl.load(row + GLOBAL_STRIDE).to(number)
-    if PACKED:
-        local += rest * tl.load(row + LOCAL_STRIDE).to(number)
+    for d in tl.static_range(DIMS):
+        size, multiplier, shift, param_stride, grad_stride, global_stride, local_stride = dims[d]
+        here = rest
+        if d < DIMS - 1:
+            rest = divide(here, size, multiplier, shift)
+            here = here - rest * size
+        param += here * param_stride
+        grad += here * grad_stride
+        index += here * global_stride
+        local += here * local_stride
     return param, grad, index, local
 
 
 @triton.jit
-def divide(n, size, column):
-    """n // size. Of 32 bits by the multiplication that device_rows.py prepares: a division takes some 20 instructions."""
+def divide(n, size, multiplier, shift):
+    """n // size, in 32 bits by the multiplication that device_rows.py prepares: a division takes 20 instructions."""
     if n.dtype == tl.int64:
         return n // size
     else:
-        prepared = tl.load(column + RECIPROCAL)
-        high = tl.umulhi(n.to(tl.uint32), prepared.to(tl.uint32))
-        return (high >> (prepared >> 32).to(tl.uint32)).to(tl.int32)
+        return (tl.umulhi(n.to(tl.uint32), multiplier) >> shift).to(tl.int32)

@@ -31,3 +31,10 @@ def words_at(index, purpose: tl.constexpr, key):
     draw, id_low, id_high, seed = key
     c1 = (index >> 32).to(tl.uint32) | (id_high | purpose << 8)
     return philox4x32(index.to(tl.uint32), c1, draw, id_low, seed)
+
+
+@triton.jit
+def select(two_bits, four):
+    """four[two_bits]; other bits of ``two_bits`` (uint32) are not looked at."""
+    odd = two_bits & 1 != 0
+    return tl.where(two_bits & 2 != 0, tl.where(odd, four[3], four[2]), tl.where(odd, four[1], four[0]))

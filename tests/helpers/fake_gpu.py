@@ -81,8 +81,6 @@ def gpu(monkeypatch, compiles: bool):
 
     def launcher(name, kernel):
         class Launcher:
-            arg_names = kernel.arg_names
-
             def __getitem__(self, grid):
                 def launch(**arguments):
                     compiled = kernel.warmup(grid=grid, **arguments) if compiles else None
