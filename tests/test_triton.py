@@ -71,7 +71,7 @@ def small_passes(monkeypatch):
 
     monkeypatch.setattr(triton_backend, "CHUNK", CHUNK)
     sizes, pack_sizes = triton_backend.sizes, triton_backend.pack_sizes
-    small = {"TILES": PASS // 128, "LANES": PASS // 128, "ELEMENTS": PASS, "CHUNK": CHUNK}
+    small = {"TILES": PASS // 128, "NARROW": PASS // 128, "STRIDED": PASS, "CHUNK": CHUNK}
     monkeypatch.setattr(triton_backend, "sizes", lambda *args: sizes(*args) | small)
     monkeypatch.setattr(
         triton_backend, "pack_sizes", lambda *args: {k: small.get(k, v) for k, v in pack_sizes(*args).items()}
