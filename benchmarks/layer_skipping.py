@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=12)
     p.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS, help="default: all")
     p.add_argument("--only", choices=("time", "memory"), help="default: both")
+    p.add_argument("--cpu-time", action="store_true", help="of all threads, for a machine that others use as well")
     p.add_argument("--device", type=torch.device, default="cpu")
     return p
 
@@ -57,13 +58,13 @@ def main(argv: list[str] | None = None) -> None:
             print_memory(p, {run: measure_memory(run, p, options) for run in options.runs})
 
 
-def print_times(p: float, forward: Timing, update: Timing, whole: Timing) -> None:
+def print_times(p: float, forward: Timing, update: Timing, whole: Timing, ratios=RATIOS) -> None:
     parts = (forward, update, whole)
     print("| p | run | forward + backward, ms | update, ms | whole step, ms |\n|---|---|---|---|---|")
     for run in whole.seconds:
         print(f"| {p} | {run} | {' | '.join(f'{1e3 * timing.median(run):.1f}' for timing in parts)} |")
     print("\n| p | ratio | forward + backward | whole step |\n|---|---|---|---|")
-    for run, base in RATIOS:
+    for run, base in ratios:
         if {run, base} <= whole.seconds.keys():
             cells = ("{:.3f} ({:.3f} to {:.3f})".format(*timing.ratio(run, to=base)) for timing in (forward, whole))
             print(f"| {p} | {run} / {base} | {' | '.join(cells)} |")
@@ -83,6 +84,7 @@ class Run:
     def __init__(self, name: str, p: float, options: argparse.Namespace):
         torch.manual_seed(0)
         self.device = options.device
+        self.clock = time.process_time if options.cpu_time else time.perf_counter
         config = hf.XLMRobertaConfig(
             vocab_size=1000,
             hidden_size=options.width,
@@ -92,16 +94,20 @@ class Run:
             max_position_embeddings=options.batch[1] + 2,
         )
         self.model = hf.XLMRobertaForSequenceClassification(config).to(self.device).train()
+        self.by_hand = False
+        self.prepare(name, p, options)
+        self.step(batch(0, options))  # makes the state of all layers, and shows which parameters get a gradient
+        self.by_hand = name == "frozen"
+
+    def prepare(self, name: str, p: float, options: argparse.Namespace) -> None:
+        """Make the optimizer."""
         if name == "fine-tuning":
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         else:
             groups = param_groups(self.model, drop=LayerGradDrop(p=p))
             self.optimizer = GradDropAdamW(groups, lr=1e-5, effect=options.effect)
-        self.by_hand = False
         if name == "skipped":
             skip_dropped_layers(self.model, self.optimizer)
-        self.step(batch(0, options))  # makes the state of all layers, and shows which parameters get a gradient
-        self.by_hand = name == "frozen"
 
     def step(self, ids: torch.Tensor) -> tuple[float, float, float]:
         """Seconds of forward and backward, of the update, and of both."""
@@ -121,7 +127,7 @@ class Run:
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return self.clock()
 
 
 def batch(step: int, options: argparse.Namespace) -> torch.Tensor:
@@ -130,9 +136,9 @@ def batch(step: int, options: argparse.Namespace) -> torch.Tensor:
     return torch.randint(2, 1000, options.batch).to(options.device)
 
 
-def measure_time(p: float, options: argparse.Namespace) -> list[Timing]:
+def measure_time(p: float, options: argparse.Namespace, run_class: type[Run] = Run) -> list[Timing]:
     """Of forward and backward, of the update, and of both."""
-    runs = {name: Run(name, p, options) for name in options.runs}
+    runs = {name: run_class(name, p, options) for name in options.runs}
     timings = [Timing({name: [] for name in runs}) for _ in range(3)]
     for step in range(1, options.steps + 1):
         shift = step % len(runs)
@@ -142,19 +148,19 @@ def measure_time(p: float, options: argparse.Namespace) -> list[Timing]:
     return timings
 
 
-def measure_memory(name: str, p: float, options: argparse.Namespace) -> int:
+def measure_memory(name: str, p: float, options: argparse.Namespace, run_class: type[Run] = Run) -> int:
     """Peak bytes of a run, in a process of its own."""
     # With a fixed threshold glibc gives freed tensors back at once, so that the peak is that of live memory.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(_peak, name, p, options).result()
+        return executor.submit(_peak, name, p, options, run_class).result()
 
 
-def _peak(name: str, p: float, options: argparse.Namespace) -> int:
+def _peak(name: str, p: float, options: argparse.Namespace, run_class: type[Run]) -> int:
     small = argparse.Namespace(**{**vars(options), "layers": 1, "width": 32, "batch": [1, 4]})
-    Run(name, p, small)  # loads what a first step loads
+    run_class(name, p, small)  # loads what a first step loads
     before = _resident("VmRSS")
-    run = Run(name, p, options)
+    run = run_class(name, p, options)
     if options.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:

@@ -11,6 +11,8 @@ from .lion import GradDropLion
 from .mask_stream import keep_mask, pack_mask, philox4x32, unpack_mask
 from .policies import GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, Policy, StaticMask
 from .policy_text import policy, policy_to_text
+from .release import release_gradients
+from .rows import skip_dropped_rows
 from .schedules import LinearAnneal, Schedule
 from .sgd import GradDropSGD
 from .skip import skip_dropped_layers
@@ -38,6 +40,8 @@ __all__ = [
     "philox4x32",
     "policy",
     "policy_to_text",
+    "release_gradients",
     "skip_dropped_layers",
+    "skip_dropped_rows",
     "unpack_mask",
 ]

@@ -11,7 +11,6 @@ from . import dispatch, preview, validate
 from .buckets import Bucket, Facts, make_buckets
 from .checks import check_choice
 from .clock import ENTRIES, Clock
-from .contract import Mask
 from .cuda_graph import capturing
 from .groups import Group, Layers, members, policy_of
 from .masked import MaskedOptimizer
@@ -64,6 +63,11 @@ class MaskHandle:
         self._clock = Clock(seed, steps_per_epoch)
         groups = [self._group(group, self._found_in(group)) for group in optimizer.param_groups]
         _check(groups)
+        if drop is not None and all(policy_of(group) is not drop for group in groups):
+            raise ValueError(
+                f"drop must be of use to a group, and every group has a 'drop' of its own (None keeps all): leave "
+                f"drop={drop!r} out, or the groups' own"
+            )
         self._take_over()
         self._key: list = []
         self._facts: Facts | None = None
@@ -176,10 +180,7 @@ class MaskHandle:
     def _mask(self, draw: int) -> None:
         groups = self.groups
         numbers = HostNumbers(groups, Layers.of(groups))
-        rows = numbers.at(self._clock, draw)
-        packed = numbers.packed(rows)
-        for g in packed:
-            rows[g] = rows[g][0]._replace(mask=Mask.PACKED), rows[g][1]
+        _, rows, packed = numbers.of_step(self._clock, draw)
         buckets = self._gather(groups)
         try:
             for bucket in buckets:

@@ -7,7 +7,7 @@ one backend call per bucket of tensors, count.
 import _signal
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +16,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from . import checkpoint, dispatch, preview, state, validate
 from .buckets import Plan, UpdateBucket, make_buckets
 from .clock import Clock
-from .contract import Mask
 from .cuda_graph import check_not_capturing
 from .groups import Layers, members, policy_of
-from .numbers import DeviceNumbers, HostNumbers
+from .numbers import DeviceNumbers, HostNumbers, StepNumbers
 from .policies import Policy
 from .rules import Rule
 from .tables import group_step
@@ -51,7 +50,9 @@ class MaskedOptimizer(Optimizer):
         self.backend = backend
         self.state_dtype = state_dtype
         self._clock = Clock(seed, steps_per_epoch)
-        self._clear()
+        self._plan: Plan | None = None
+        self._device_numbers: dict[torch.device, DeviceNumbers] = {}
+        self._inside_backward: InsideBackward | None = None
         self._switched_off: set[int] = set()  # id(param): its missing gradient is zero (skip_dropped_layers)
         defaults = {**hyperparameters, "capturable": capturable, "drop": drop, "effect": effect}
         validate.group_options(defaults, self.rule_class)
@@ -70,7 +71,7 @@ class MaskedOptimizer(Optimizer):
     def draw(self) -> int:
         """Steps taken; those that GradScaler skipped do not count. Synchronises under capturable."""
         for numbers in self._device_numbers.values():
-            self._clock.draw = int(numbers.draw)
+            self._clock.draw = self.param_groups[0]["draw"] = int(numbers.draw)
         return self._clock.draw
 
     @property
@@ -120,6 +121,8 @@ class MaskedOptimizer(Optimizer):
                 serve, or on a parameter or its state that was changed into what cannot. Parameters and state are then
                 as they were.
         """
+        if self._inside_backward is not None:
+            return self._inside_backward.end_step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -136,38 +139,39 @@ class MaskedOptimizer(Optimizer):
         try:
             prepare = self._prepare_on_devices if capturable else self._prepare_on_host
             commit = prepare(plan, found_inf)
-            with _UninterruptedByKeyboard():
-                for bucket in plan.buckets:
-                    scale, inf = _to(grad_scale, bucket.device), _to(found_inf, bucket.device)
-                    bucket.backend.update(bucket.batch, bucket.rule, seed=self.seed, grad_scale=scale, found_inf=inf)
-                    bucket.commit()
+            with UninterruptedByKeyboard():
+                self._launch(plan, grad_scale, found_inf)
                 commit()
         finally:
             plan.release_gradients()
         return loss
+
+    def _launch(self, plan: Plan, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        for bucket in plan.buckets:
+            scale, inf = _to(grad_scale, bucket.device), _to(found_inf, bucket.device)
+            bucket.backend.update(bucket.batch, bucket.rule, seed=self.seed, grad_scale=scale, found_inf=inf)
+            bucket.commit()
 
     def _capturable(self) -> bool:
         return bool(self.param_groups and self.param_groups[0]["capturable"])
 
     def _prepare_on_host(self, plan: Plan, found_inf: None) -> Callable[[], None]:
         """Make every bucket ready for the coming step; returns what counts it."""
-        clock, groups, numbers = self._clock, self.param_groups, plan.numbers
-        draw = clock.next_draw()
-        rows = numbers.at(clock, draw)
-        packed = numbers.packed(rows)
-        for g in packed:
-            rows[g] = rows[g][0]._replace(mask=Mask.PACKED), rows[g][1]
+        coming = plan.numbers.of_step(self._clock, self._clock.next_draw())
+        self._fill_on_host(plan, coming)
+        return lambda: self._count(coming)
+
+    def _fill_on_host(self, plan: Plan, coming: StepNumbers) -> None:
+        groups, effects = self.param_groups, plan.numbers.effects
         for bucket in plan.buckets:
-            if packed:
-                bucket.pack(packed, self.seed)
+            if coming.packed:
+                bucket.pack(coming.packed, self.seed)
             bucket.prepare_on_host(
-                {g: group_step(groups[g], bucket.rule, *rows[g], numbers.effects[g]) for g in bucket.by_group}
+                {g: group_step(groups[g], bucket.rule, *coming.rows[g], effects[g]) for g in bucket.by_group}
             )
 
-        def commit():
-            clock.draw = groups[0]["draw"] = draw
-
-        return commit
+    def _count(self, coming: StepNumbers) -> None:
+        self._clock.draw = self.param_groups[0]["draw"] = coming.draw
 
     def _prepare_on_devices(self, plan: Plan, found_inf: Tensor | None) -> Callable[[], None]:
         groups = self.param_groups
@@ -184,7 +188,7 @@ class MaskedOptimizer(Optimizer):
             for numbers in self._device_numbers.values():
                 numbers.commit()
             if not self._device_numbers:
-                self._clock.draw = self._clock.next_draw()
+                self._clock.draw = groups[0]["draw"] = self._clock.next_draw()
 
         return commit
 
@@ -193,18 +197,29 @@ class MaskedOptimizer(Optimizer):
     def _fitting_plan(self) -> Plan:
         """A plan whose buckets have taken the gradients of now: the last one, unless it no longer fits."""
         self._check_shown_clock()
-        key = self._plan_key()
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
-        plan = self._plan
-        if plan is None or not plan.fits(key, params, grads, self.state, self._switched_off):
-            check_not_capturing()
-            if plan is not None and plan.key != key:
-                self._clear()  # device tables hold the groups' schedules
-            plan = self._make_plan(key, params, grads)
-            if not plan.fits(key, params, grads, self.state, self._switched_off):
-                raise AssertionError("a new plan must fit the gradients that it was made for")
-            self._plan = plan
+        self._plan = self._refit(self._plan, self._plan_key(), params, grads, lambda: self.state, self._switched_off)
+        return self._plan
+
+    def _refit(
+        self,
+        plan: Plan | None,
+        key: tuple,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        state_of_params: Callable[[], Mapping[Tensor, dict[str, Any]]],
+        switched_off: set[int],
+    ) -> Plan:
+        """``plan`` or, if it does not fit, a new one over ``params``, in the groups' order; it has taken ``grads``."""
+        if plan is not None and plan.fits(key, params, grads, state_of_params(), switched_off):
+            return plan
+        check_not_capturing()
+        if plan is not None and plan.key != key:
+            self._clear()  # device tables hold the groups' schedules
+        plan = self._make_plan(key, params, grads, state_of_params, switched_off)
+        if not plan.fits(key, params, grads, state_of_params(), switched_off):
+            raise AssertionError("a new plan must fit the gradients that it was made for")
         return plan
 
     def _plan_key(self) -> tuple:
@@ -212,9 +227,10 @@ class MaskedOptimizer(Optimizer):
             (g["drop"], g["effect"], g.get("layer"), g["capturable"], self.rule_class.of(g)) for g in self.param_groups
         )
 
-    def _make_plan(self, key: tuple, params: list[Tensor], grads: list[Tensor | None]) -> Plan:
+    def _make_plan(self, key, params, grads, state_of_params, switched_off) -> Plan:
         groups = self.param_groups
-        every = members(groups)
+        planned = set(map(id, params))
+        every = [member for member in members(groups) if id(member.param) in planned]
         for group in groups:
             validate.group_options(group, self.rule_class)
             self._clock.check_epoch_known(policy_of(group))
@@ -223,7 +239,7 @@ class MaskedOptimizer(Optimizer):
         wanted = []
         for i, (member, grad) in enumerate(zip(every, grads, strict=True)):
             entry = self.state.get(member.param, {})
-            if grad is not None or entry or id(member.param) in self._switched_off:
+            if grad is not None or entry or id(member.param) in switched_off:
                 validate.param(member.called, member.param)
                 validate.gradient(member, grad)
                 state.check(member.called, entry, member.param, rules[member.group])
@@ -248,14 +264,16 @@ class MaskedOptimizer(Optimizer):
         stateless = sorted(set(range(len(params))).difference(wanted))
         layers = Layers.of(groups)
         numbers = HostNumbers(groups, layers)
-        return Plan(key, params, list(self.state.values()), layers, numbers, buckets, stateless)
+        return Plan(key, params, list(state_of_params().values()), layers, numbers, buckets, stateless)
 
     def _clear(self) -> None:
         """Drop what is derived from groups and tensors; the next step plans anew."""
-        if getattr(self, "_device_numbers", None):
+        if self._device_numbers:
             self._clock.draw = self.draw
-        self._device_numbers: dict[torch.device, DeviceNumbers] = {}
-        self._plan: Plan | None = None
+        self._device_numbers = {}
+        self._plan = None
+        if self._inside_backward is not None:
+            self._inside_backward.clear()
 
     # Groups
 
@@ -275,10 +293,10 @@ class MaskedOptimizer(Optimizer):
     def _check_shown_clock(self) -> None:
         if not self.param_groups or self._device_numbers:  # whose draw is known to the device alone
             return
-        shown, clock = self.param_groups[0], self._clock
-        if shown.get("draw") == clock.draw and shown.get("seed") == clock.seed and shown.get("epoch") == clock.epoch:
+        shown, clock = self.param_groups[0], self._clock.state()
+        if all([shown.get(name) == value for name, value in clock.items()]):
             return
-        for name, value in clock.state().items():
+        for name, value in clock.items():
             if shown.get(name, value) != value:
                 changed = shown[name]
                 self._show_clock()
@@ -291,12 +309,14 @@ class MaskedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Groups carry policies as plain numbers and strings, and seed, draw, epoch, steps_per_epoch."""
+        if self._inside_backward is not None:
+            self._inside_backward.check_whole("state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._clock.draw = self.draw
         packed = checkpoint.pack(self.param_groups, self.state, self._clock)
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            replaced = hook(self, packed)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, packed)
             packed = packed if replaced is None else replaced
         return packed
 
@@ -310,9 +330,11 @@ class MaskedOptimizer(Optimizer):
             TypeError, ValueError: naming the entry that is missing, extra, mis-shaped or of a value that cannot be;
                 nothing has changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict as state_dict() makes it, got {type(state_dict)}")
         state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = hook(self, state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else dict(replaced)
         loaded = checkpoint.check(state_dict, self.param_groups, self._clock, self.rule_class)
         entries = {
@@ -340,10 +362,26 @@ class MaskedOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_switched_off", set())
         self._device_numbers = {}
-        self._clear()
+        self._plan = None
+        self._inside_backward = None
 
 
-class _UninterruptedByKeyboard:
+class InsideBackward(Protocol):
+    """What runs a step's updates before its step() is called (release_gradients)."""
+
+    updated: set[int]  # ids of the parameters that the last step has updated
+
+    def end_step(self, closure: Callable[[], Any] | None) -> None:
+        """Update what is left, and count the step."""
+
+    def clear(self) -> None:
+        """Groups or tensors have changed: drop what is derived from them."""
+
+    def check_whole(self, what: str) -> None:
+        """Raises RuntimeError, naming ``what``, if a step has begun and not ended."""
+
+
+class UninterruptedByKeyboard:
     """Holds Ctrl-C back until a step is whole: half of one would leave counts, parameters and state apart."""
 
     # signal's own functions turn each result into an enum, which takes longer than a small step

@@ -49,15 +49,15 @@ class ModuleCalls:
         self.ran.update(module.modules())
 
 
-class _Call:
-    """Stands in for the call of one module.
+class StandIn:
+    """Stands in for the call of one module. A subclass gives ``__call__``, which goes on to ``inner``.
 
     torch looks for ``_compiled_call_impl`` before it runs a module, hooks included; it was made for `module.compile()`
     and never leaves with a pickle or a copy. Hooks would be left out when KeyboardInterrupt ends a call.
     """
 
-    def __init__(self, calls: ModuleCalls, module: nn.Module):
-        self.calls, self.module = calls, module
+    def __init__(self, module: nn.Module):
+        self.module = module
         self.install()
 
     def install(self) -> None:
@@ -67,7 +67,7 @@ class _Call:
 
     def stands(self) -> bool:
         outer = self.module._compiled_call_impl
-        while isinstance(outer, _Call) and outer is not self:
+        while isinstance(outer, StandIn) and outer is not self:
             outer = outer.compiled
         return outer is self
 
@@ -77,6 +77,12 @@ class _Call:
         del self.module._compiled_call_impl
         if self.compiled is not None:
             self.module._compiled_call_impl = self.compiled
+
+
+class _Call(StandIn):
+    def __init__(self, calls: ModuleCalls, module: nn.Module):
+        self.calls = calls
+        super().__init__(module)
 
     def __call__(self, *args, **kwargs):
         calls = self.calls

@@ -5,7 +5,7 @@ from the host once a CUDA graph is captured. Whoever changes one changes the oth
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ def row_at(policy: Policy, layer: int, layers: int, draw: int, epoch: int | None
 
 
 def _place(index: Index, drawn: Draw, draw: int, epoch: int | None) -> tuple[int, int]:
-    """(row's index, counter word 2)."""
+    """(row's index, counter word 2). ``epoch`` may be None where nothing follows it."""
+    epoch = _NO_EPOCH if epoch is None else epoch
     tick = epoch if index.by == "epoch" else draw - 1
     at = tick % index.length if index.wraps else min(tick, index.length - 1)
     word = (draw - 1) // drawn.holds + 1 if drawn.by == "step" else epoch // drawn.holds if drawn.by == "epoch" else 0
@@ -52,8 +53,8 @@ class HostNumbers:
 
         A layer that is frozen as a whole is decided here, since it does not count the step: its row is KEEP or DROP.
         """
-        for policy in self.followers:
-            clock.check_epoch_known(policy)
+        for follower in self.followers:
+            clock.check_epoch_known(follower)
         epoch, found = clock.epoch_at(draw), []
         for g, policy in enumerate(self.policies):
             if policy is None:
@@ -69,13 +70,25 @@ class HostNumbers:
             found.append((row, word))
         return found
 
-    def packed(self, rows: Sequence[tuple[Row, int]]) -> dict[int, tuple[int, int, int]]:
-        """The groups whose masks are kept as packed words at present: (counter word 2, lo, span) that draw them."""
-        return {
+    def of_step(self, clock: Clock, draw: int) -> "StepNumbers":
+        """The numbers of step ``draw``. Raises RuntimeError if an epoch is not known."""
+        rows = self.at(clock, draw)
+        packed = {
             g: (word, row.lo, row.span)
             for g, (policy, (row, word)) in enumerate(zip(self.policies, rows, strict=True))
             if policy is not None and policy.packed and row.mask == Mask.ELEMENT
         }
+        for g in packed:
+            rows[g] = rows[g][0]._replace(mask=Mask.PACKED), rows[g][1]
+        return StepNumbers(draw, rows, packed)
+
+
+class StepNumbers(NamedTuple):
+    """What all updates of a step have in common, on the host."""
+
+    draw: int
+    rows: list[tuple[Row, int]]  # by group, with counter word 2
+    packed: dict[int, tuple[int, int, int]]  # groups whose masks are packed words, drawn by (word 2, lo, span)
 
 
 def rows_at(groups: Sequence[Mapping[str, Any]], layers: Layers, clock: Clock, draw: int) -> list[tuple[Row, int]]:

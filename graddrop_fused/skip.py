@@ -149,7 +149,9 @@ class SkippedLayers:
     def _after_step(self) -> None:
         candidates = {p for g in self._optimizer.param_groups if g["drop"] and g["drop"].layerwise for p in g["params"]}
         seen = self._params.intersection(candidates) - self._decided
-        self._participation.learn(seen, self._calls.ran)
+        released = self._optimizer._inside_backward
+        had = {p for p in seen if p.grad is not None or (released is not None and id(p) in released.updated)}
+        self._participation.learn(seen, had, self._calls.ran)
         self._calls.ran.clear()
         self._calls.renew()
         self._decide(set())
@@ -213,12 +215,12 @@ class _Participation:
         """Whether ``param`` would have had a gradient, had it been on."""
         return not ran.isdisjoint(self._witnesses.get(param, ()))
 
-    def learn(self, params: set[Tensor], ran: set[nn.Module]) -> None:
+    def learn(self, params: set[Tensor], had_gradient: set[Tensor], ran: set[nn.Module]) -> None:
         """From a step in which ``params`` were on and the modules ``ran`` ran."""
         for param in params if ran else ():
             if not param.requires_grad or self._witnesses.get(param) == ():
                 continue
-            present = param.grad is not None
+            present = param in had_gradient
             if param in self._witnesses:
                 if present != self.expected(param, ran):
                     self._witnesses[param] = ()

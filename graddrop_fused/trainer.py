@@ -15,6 +15,7 @@ from .layers import param_groups
 from .log_values import log_values
 from .policies import Policy
 from .policy_text import policy
+from .release import ReleasedGradients
 from .skip import SkippedLayers, unwrap
 
 
@@ -80,18 +81,23 @@ class GradDropCallback(TrainerCallback):
             :func:`graddrop_fused.skip.skip_dropped_layers`. The Trainer clips gradients before the step, by a norm
             that would lack the skipped ones: needs ``TrainingArguments(max_grad_norm=0)``, where 1.0 is the default.
             It ends with the training, also when that is interrupted.
+        release_gradients: update inside backward and free the gradients; see
+            :func:`graddrop_fused.release.release_gradients`. Needs ``max_grad_norm=0`` and
+            ``gradient_accumulation_steps=1``. It ends likewise.
         log: add graddrop_active, graddrop_p and the like to what the Trainer logs, wherever it reports to; see
             :func:`graddrop_fused.log_values.log_values`.
 
     Raises:
-        TypeError: as training begins, if the optimizer is no GradDropAdamW. ValueError: if it skips and clips, or
-            skips under DataParallel.
+        TypeError: as training begins, if the optimizer is no GradDropAdamW. ValueError: if it skips or releases and
+            clips, releases and accumulates, skips under DataParallel, or releases under DistributedDataParallel.
     """
 
-    def __init__(self, skip_dropped_layers: bool = False, log: bool = True):
+    def __init__(self, skip_dropped_layers: bool = False, log: bool = True, release_gradients: bool = False):
         self.skip_dropped_layers = skip_dropped_layers
+        self.release_gradients = release_gradients
         self.log = log
         self._skipped: SkippedLayers | None = None
+        self._released: ReleasedGradients | None = None
 
     def on_train_begin(
         self,
@@ -102,10 +108,12 @@ class GradDropCallback(TrainerCallback):
         optimizer: Optimizer | None = None,
         **_: Any,
     ) -> None:
-        self._stop_skipping()
+        self._stop()
         self._optimizer = unwrap(optimizer)
         if self.skip_dropped_layers:
             _check_skipping(args)
+        if self.release_gradients:
+            _check_releasing(args)
         # Counted from here on: after an epoch that a callback cut short, state.epoch is not a whole number
         self._epoch = int(state.epoch or 0)
         handler, loop = _caller()
@@ -114,6 +122,8 @@ class GradDropCallback(TrainerCallback):
             handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
         if self.skip_dropped_layers:
             self._skipped = SkippedLayers(model, self._optimizer, within=loop)
+        if self.release_gradients:
+            self._released = ReleasedGradients(model, optimizer, within=loop)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._optimizer.set_epoch(self._epoch)
@@ -134,27 +144,50 @@ class GradDropCallback(TrainerCallback):
                 state.log_history[-1].update(values)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._stop_skipping()
+        self._stop()
 
-    def _stop_skipping(self) -> None:
+    def _stop(self) -> None:
         if self._skipped is not None:
             self._skipped.remove()
             self._skipped = None
+        if self._released is not None:
+            self._released.abandon()
+            self._released = None
 
 
 def _check_skipping(args: TrainingArguments) -> None:
-    if args.max_grad_norm:
-        raise ValueError(
-            "max_grad_norm must be 0 with GradDropCallback(skip_dropped_layers=True), got "
-            f"{args.max_grad_norm!r}: the norm that the Trainer clips by would lack the gradients of skipped "
-            "layers, and training would differ from the same run without skipping. Set "
-            "TrainingArguments(max_grad_norm=0), or call graddrop_fused.skip_dropped_layers yourself if that "
-            "is what you want"
-        )
+    _check_not_clipping(
+        args,
+        "skip_dropped_layers",
+        "the norm that the Trainer clips by would lack the gradients of skipped layers, and training would differ from "
+        "the same run without skipping. Set TrainingArguments(max_grad_norm=0), or call "
+        "graddrop_fused.skip_dropped_layers yourself if that is what you want",
+    )
     if args.n_gpu > 1:
         raise ValueError(
             f"n_gpu must be at most 1 with GradDropCallback(skip_dropped_layers=True), got {args.n_gpu!r}: the Trainer "
             "would use DataParallel, whose replicas hide the model's modules. Start one process a GPU by torchrun"
+        )
+
+
+def _check_releasing(args: TrainingArguments) -> None:
+    _check_not_clipping(
+        args,
+        "release_gradients",
+        "when the Trainer clips, the gradients have been used and freed. Set TrainingArguments(max_grad_norm=0)",
+    )
+    if args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            "gradient_accumulation_steps must be 1 with GradDropCallback(release_gradients=True), got "
+            f"{args.gradient_accumulation_steps!r}: each backward pass is a step. Set a larger "
+            "per_device_train_batch_size"
+        )
+
+
+def _check_not_clipping(args: TrainingArguments, option: str, why: str) -> None:
+    if args.max_grad_norm:
+        raise ValueError(
+            f"max_grad_norm must be 0 with GradDropCallback({option}=True), got {args.max_grad_norm!r}: {why}"
         )
 
 
