@@ -7,6 +7,7 @@ python -m benchmarks -k "peers"     # any option of pytest
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,12 +33,14 @@ def main() -> int:
     # Sweeps in processes of their own: where tensors lie in memory, and what else the machine does meanwhile, then
     # belongs to the spread that the report states.
     sweeps, status = options.sweeps or cases.SIZES[options.size].sweeps, 0
+    # a suite that a test of pytest-xdist starts is none of its workers, which write no JSON
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     for sweep in range(1, sweeps + 1):
         if sweeps > 1:
             print(f"sweep {sweep} of {sweeps}", flush=True)
         command = [sys.executable, "-m", "pytest", Path(__file__).parent, "--size", options.size]
         command += ["--device", options.device, f"--benchmark-json={out / f'{sweep}.json'}", "--benchmark-quiet"]
-        status = max(status, subprocess.run([*command, *rest]).returncode)
+        status = max(status, subprocess.run([*command, *rest], env=environment).returncode)
     if results.files(out):  # a run without any entry writes none
         written = options.report or Path(f"results/{name}.md")
         report.write(results.load(out), written)

@@ -26,7 +26,7 @@ DTYPES = {"fp32": (F32, F32, F32), "bf16, fp32 state": (BF16, BF16, F32), "bf16"
 MASKS = {
     "none": [Mask.KEEP],
     "element": [Mask.ELEMENT],
-    "element or none": [Mask.ELEMENT, Mask.KEEP],
+    "element or none": [Mask.ELEMENT, Mask.KEEP, Mask.DROP],
     "block": [Mask.BLOCK],
     "packed": [Mask.PACKED],
     "layer": [Mask.LAYER],
@@ -117,12 +117,16 @@ class Variant:
 
 
 VARIANTS = [
-    *(Variant(m, d, effect="freeze" if m == "block" else "gradient") for m in MASKS if m != "all" for d in DTYPES),
-    *(Variant("element", d, effect="any effect") for d in DTYPES),
-    *(Variant("all", d, effect="any effect") for d in DTYPES),
-    *(Variant(m, "fp32", dims=2) for m in ("none", "element")),
+    *(Variant(mask, dtypes) for mask in ("none", "element", "packed", "gaussian") for dtypes in DTYPES),
+    *(Variant("block", dtypes, effect="freeze") for dtypes in DTYPES),
+    *(Variant("element", dtypes, effect="any effect") for dtypes in DTYPES),
+    Variant("element or none"),
+    Variant("layer"),
+    *(Variant("all", dtypes, effect="any effect") for dtypes in ("fp32", "bf16")),
+    *(Variant("element", rule=rule) for rule in RULES if rule != "adamw"),
+    *(Variant("element", "bf16", rule=rule) for rule in ("amsgrad", "lion")),
+    *(Variant(mask, dims=2) for mask in ("none", "element")),
     Variant("element", "bf16", dims=3),
-    *(Variant("element", d, rule=r) for r in RULES if r != "adamw" for d in ("fp32", "bf16")),
     Variant("element", rule=None),
 ]
 

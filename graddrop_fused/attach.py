@@ -63,6 +63,11 @@ class MaskHandle:
         self._clock = Clock(seed, steps_per_epoch)
         groups = [self._group(group, self._found_in(group)) for group in optimizer.param_groups]
         _check(groups)
+        if drop is not None and all(policy_of(group) is not drop for group in groups):
+            raise ValueError(
+                f"drop must be of use to a group, and every group has a 'drop' of its own (None keeps all): leave "
+                f"drop={drop!r} out, or the groups' own"
+            )
         self._take_over()
         self._key: list = []
         self._facts: Facts | None = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import mask_stream, state, validate
-from .checks import check_int, plain
+from .checks import check_int, is_int, plain, shown
 from .clock import ENTRIES, Clock
 from .policies import policy_from_state
 from .rules import Rule
@@ -61,7 +61,7 @@ def check(
     """
     for name in ("state", "param_groups"):
         if name not in state_dict:
-            raise ValueError(f"the checkpoint must have an entry {name!r}, got {sorted(map(str, state_dict))}")
+            raise ValueError(f"the checkpoint must have an entry {name!r}, got {shown(list(state_dict))}")
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
     _check_type("state", saved_state, Mapping)
     _check_type("param_groups", saved_groups, Sequence)
@@ -78,11 +78,15 @@ def check(
     for saved, group in zip(saved_groups, with_params, strict=True):
         rule = rule_class.of(group)
         for index, param in zip(saved["params"], group["params"], strict=True):
+            if index in owners:
+                raise ValueError(f"the checkpoint's param groups must list parameter {shown(index)} once, got it twice")
             owners[index] = param, rule
-    entries = {}
+    entries: dict[Tensor, tuple[Mapping[str, Any], Rule]] = {}
     for index, entry in saved_state.items():
         if index not in owners:
-            raise ValueError(f"the checkpoint has state for parameter {index!r}, which none of its param groups lists")
+            raise ValueError(
+                f"the checkpoint has state for parameter {shown(index)}, which none of its param groups lists"
+            )
         param, rule = owners[index]
         entry = _entry(index, entry, param, rule)
         if entry:
@@ -109,11 +113,13 @@ def _group(g: int, saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[s
     if names is not None and (
         not isinstance(names, Sequence) or len(names) != count or not all(isinstance(name, str) for name in names)
     ):
-        raise ValueError(f"the checkpoint's param_names of group {g} must have {count} names, got {names!r:.200}")
+        raise ValueError(f"the checkpoint's param_names of group {g} must have {count} names, got {shown(names)}")
     _check_stream(g, saved)
     policy = policy_from_state(saved.get("drop", group["drop"]), group["drop"])
     # a StaticMask's masks are not to be copied, and the clock is kept elsewhere
     skipped = {"params", "drop", STREAM, *ENTRIES}
+    for name, value in saved.items():
+        _check_plain(g, str(name), value, name in group)
     values = {k: copy.deepcopy(v) for k, v in saved.items() if k not in skipped}
     kept = {k: v for k, v in group.items() if k not in skipped}
     return {**kept, **values, "drop": policy}
@@ -121,11 +127,25 @@ def _group(g: int, saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[s
 
 def _check_stream(g: int, saved: Mapping[str, Any]) -> None:
     """A checkpoint of a masked optimizer must be of this version: its masks would silently be others."""
-    if ("draw" in saved or STREAM in saved) and saved.get(STREAM) != mask_stream.VERSION:
+    if ("draw" in saved or STREAM in saved) and not _is_version(saved.get(STREAM)):
         raise ValueError(
             f"the checkpoint's {STREAM} of group {g} must be {mask_stream.VERSION}, the version that this package "
-            f"draws masks by, got {saved.get(STREAM)!r}: resumed under another version its masks would be others"
+            f"draws masks by, got {shown(saved.get(STREAM))}: resumed under another version its masks would be others"
         )
+
+
+def _is_version(value: Any) -> bool:
+    return is_int(value) and value == mask_stream.VERSION
+
+
+def _check_plain(g: int, name: str, value: Any, known: bool) -> None:
+    """A tensor among a group's values is one number where the optimizer reads it, and holds its own elements: one of
+    four bytes may stand for terabytes, which a copy would allocate."""
+    if not isinstance(value, Tensor):
+        return
+    if value.layout is not torch.strided or value.is_meta or validate.expanded(value) or (known and value.numel() != 1):
+        wanted = "one number" if known else "a dense tensor with memory of its own"
+        raise ValueError(f"the checkpoint's {name} of group {g} must be {wanted}, got {shown(value)}")
 
 
 def _entry(index: Any, entry: Any, param: Tensor, rule: Rule) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 import math
 import numbers
+import reprlib
 from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from . import mask_stream
 
@@ -20,25 +23,27 @@ def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
     """Raises TypeError or ValueError if ``value`` is no integer in [low, high]."""
     wanted = f"an integer of at least {low}" if high is None else f"an integer in [{low}, {high}]"
     if not is_int(value):
-        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+        raise TypeError(f"{name} must be {wanted}, got {shown(value)}")
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
 
 
 def check_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices or not isinstance(value, str):
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {shown(value)}")
 
 
 def check_p(name: str, p: Any) -> None:
     """A drop probability in [0, 1) that does not round to 1."""
     if not is_number(p):
-        raise TypeError(f"{name} must be a number in [0, 1), got {p!r}")
+        raise TypeError(f"{name} must be a number in [0, 1), got {shown(p)}")
+    if is_int(p) and p:
+        raise ValueError(f"{name} must be a number in [0, 1), got {shown(p)}")
     try:
         mask_stream.bernoulli_window(p)
     except ValueError as error:
@@ -47,14 +52,32 @@ def check_p(name: str, p: Any) -> None:
 
 def check_nonnegative(name: str, value: Any) -> None:
     if not is_number(value):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
     if not 0.0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, got {shown(value)}")
 
 
 def shown(value: Any) -> str:
-    """``repr`` that stays short: an integer of a million digits takes seconds to print."""
-    return f"an integer of {value.bit_length()} bits" if is_int(value) and value.bit_length() > 200 else repr(value)
+    """``repr`` that stays short: an integer of a million digits takes seconds to print, and what strangers put into a
+    checkpoint may be of any size."""
+    if is_int(value) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    return _SHORT.repr(value)
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, value: int, level: int) -> str:
+        return shown(value) if value.bit_length() > 200 else repr(value)
+
+    def repr_Tensor(self, value: Tensor, level: int) -> str:
+        return shown(value)
+
+
+_SHORT = _Short()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 20
 
 
 def plain(name: str, value: Any) -> Any:

@@ -118,7 +118,7 @@ def _load() -> tuple[int, str | None]:
     path = build_op.find(Path(__file__).parent)
     if path is None:
         return 0, (
-            "the native CPU op was not built; with a C++ compiler that takes half a minute: "
+            "the native CPU op was not built; with a C++ compiler that takes about a minute: "
             "python -m graddrop_fused build"
         )
     try:

@@ -12,6 +12,7 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philo
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,8 +122,8 @@ def block_random(elements: Tensor, block: int, *, seed: int, draw: int, stream_i
     return _half(_select(words, b // 2 % 4), b % 2)
 
 
-def layer_random(*, seed: int, draw: int, stream_id: int) -> int:
-    """The 16-bit random number of a whole layer; ``stream_id`` is the layer's."""
+def layer_random(*, seed: int, draw: Any, stream_id: Any) -> Any:
+    """The 16-bit random number of a whole layer; ``stream_id`` is the layer's. Integers, or int64 tensors of many."""
     # plain integers: 100 times faster than tensors of one element, and asked for before every forward pass
     word1 = _counter_word1(Purpose.LAYER, stream_id)
     return _philox_rounds(0, word1, draw, stream_id & WORD, seed & WORD, seed >> 32)[0] & HALF

@@ -50,8 +50,9 @@ class MaskedOptimizer(Optimizer):
         self.backend = backend
         self.state_dtype = state_dtype
         self._clock = Clock(seed, steps_per_epoch)
+        self._plan: Plan | None = None
+        self._device_numbers: dict[torch.device, DeviceNumbers] = {}
         self._inside_backward: InsideBackward | None = None
-        self._clear()
         self._switched_off: set[int] = set()  # id(param): its missing gradient is zero (skip_dropped_layers)
         defaults = {**hyperparameters, "capturable": capturable, "drop": drop, "effect": effect}
         validate.group_options(defaults, self.rule_class)
@@ -70,7 +71,7 @@ class MaskedOptimizer(Optimizer):
     def draw(self) -> int:
         """Steps taken; those that GradScaler skipped do not count. Synchronises under capturable."""
         for numbers in self._device_numbers.values():
-            self._clock.draw = int(numbers.draw)
+            self._clock.draw = self.param_groups[0]["draw"] = int(numbers.draw)
         return self._clock.draw
 
     @property
@@ -187,7 +188,7 @@ class MaskedOptimizer(Optimizer):
             for numbers in self._device_numbers.values():
                 numbers.commit()
             if not self._device_numbers:
-                self._clock.draw = self._clock.next_draw()
+                self._clock.draw = groups[0]["draw"] = self._clock.next_draw()
 
         return commit
 
@@ -267,10 +268,10 @@ class MaskedOptimizer(Optimizer):
 
     def _clear(self) -> None:
         """Drop what is derived from groups and tensors; the next step plans anew."""
-        if getattr(self, "_device_numbers", None):
+        if self._device_numbers:
             self._clock.draw = self.draw
-        self._device_numbers: dict[torch.device, DeviceNumbers] = {}
-        self._plan: Plan | None = None
+        self._device_numbers = {}
+        self._plan = None
         if self._inside_backward is not None:
             self._inside_backward.clear()
 
@@ -292,10 +293,10 @@ class MaskedOptimizer(Optimizer):
     def _check_shown_clock(self) -> None:
         if not self.param_groups or self._device_numbers:  # whose draw is known to the device alone
             return
-        shown, clock = self.param_groups[0], self._clock
-        if shown.get("draw") == clock.draw and shown.get("seed") == clock.seed and shown.get("epoch") == clock.epoch:
+        shown, clock = self.param_groups[0], self._clock.state()
+        if all([shown.get(name) == value for name, value in clock.items()]):
             return
-        for name, value in clock.state().items():
+        for name, value in clock.items():
             if shown.get(name, value) != value:
                 changed = shown[name]
                 self._show_clock()
@@ -314,8 +315,8 @@ class MaskedOptimizer(Optimizer):
             hook(self)
         self._clock.draw = self.draw
         packed = checkpoint.pack(self.param_groups, self.state, self._clock)
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            replaced = hook(self, packed)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, packed)
             packed = packed if replaced is None else replaced
         return packed
 
@@ -329,9 +330,11 @@ class MaskedOptimizer(Optimizer):
             TypeError, ValueError: naming the entry that is missing, extra, mis-shaped or of a value that cannot be;
                 nothing has changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict as state_dict() makes it, got {type(state_dict)}")
         state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = hook(self, state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else dict(replaced)
         loaded = checkpoint.check(state_dict, self.param_groups, self._clock, self.rule_class)
         entries = {
@@ -359,8 +362,8 @@ class MaskedOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_switched_off", set())
         self._device_numbers = {}
+        self._plan = None
         self._inside_backward = None
-        self._clear()
 
 
 class InsideBackward(Protocol):

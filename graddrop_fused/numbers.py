@@ -29,7 +29,8 @@ def row_at(policy: Policy, layer: int, layers: int, draw: int, epoch: int | None
 
 
 def _place(index: Index, drawn: Draw, draw: int, epoch: int | None) -> tuple[int, int]:
-    """(row's index, counter word 2)."""
+    """(row's index, counter word 2). ``epoch`` may be None where nothing follows it."""
+    epoch = _NO_EPOCH if epoch is None else epoch
     tick = epoch if index.by == "epoch" else draw - 1
     at = tick % index.length if index.wraps else min(tick, index.length - 1)
     word = (draw - 1) // drawn.holds + 1 if drawn.by == "step" else epoch // drawn.holds if drawn.by == "epoch" else 0
@@ -52,8 +53,8 @@ class HostNumbers:
 
         A layer that is frozen as a whole is decided here, since it does not count the step: its row is KEEP or DROP.
         """
-        for policy in self.followers:
-            clock.check_epoch_known(policy)
+        for follower in self.followers:
+            clock.check_epoch_known(follower)
         epoch, found = clock.epoch_at(draw), []
         for g, policy in enumerate(self.policies):
             if policy is None:

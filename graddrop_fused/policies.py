@@ -8,19 +8,20 @@ To add one: subclass :class:`Policy` with a frozen dataclass, check its fields i
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import mask_stream
-from .checks import check_bool, check_choice, check_int, check_p, is_int, plain
+from .checks import check_bool, check_choice, check_int, check_p, is_int, plain, shown
 from .contract import Effect, Mask
 from .names import canonical_name
 from .schedules import Schedule
 
 EFFECTS = tuple(effect.name.lower() for effect in Effect)
+MAX_BLOCK = 2**43  # elements that the mask stream has
 
 
 class Row(NamedTuple):
@@ -95,7 +96,7 @@ class Policy:
         if not is_dataclass(self):
             raise TypeError(f"{name} must be a frozen dataclass, so that a checkpoint can hold it")
         state: dict[str, Any] = {"policy": name}
-        for f in fields(self):
+        for f in (f for f in fields(self) if f.init):
             value = getattr(self, f.name)
             is_schedule = isinstance(value, Schedule)
             state[f.name] = value.to_state() if is_schedule else plain(f"{name}.{f.name}", value)
@@ -122,7 +123,7 @@ def policy_from_state(state: Any, current: Policy | None) -> Policy | None:
     if cls is None:
         raise ValueError(
             f"the checkpoint's policy must be one of {', '.join(sorted(Policy.registry))} (import the module that "
-            f"defines yours before loading), got {state!r}"
+            f"defines yours before loading), got {shown(state)}"
         )
     return cls.from_options(options, current)
 
@@ -152,7 +153,7 @@ class GradDrop(Policy):
         _check_p_or_anneal(self)
         _check_rescale(self.rescale)
         _check_block(self.block)
-        check_int("hold", self.hold, 1)
+        check_int("hold", self.hold, 1, mask_stream.WORD)
         check_choice("distribution", self.distribution, ("bernoulli", "gaussian"))
         if self.distribution == "gaussian" and self.block != 1:
             raise ValueError(f"block must be 1 with distribution='gaussian', got {self.block!r}")
@@ -199,6 +200,7 @@ class GradDropEpoch(Policy):
     block: int | Literal["row"] = 1
     storage: Literal["packed", "regenerate"] = "packed"
     anneal: Schedule | None = None
+    _bounds: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)  # of a cycle's windows
 
     def __post_init__(self):
         _check_p_or_anneal(self)
@@ -263,7 +265,7 @@ class LayerGradDrop(Policy):
         _check_p_or_anneal(self)
         _check_rescale(self.rescale)
         check_choice("per", self.per, ("step", "epoch"))
-        check_int("hold", self.hold, 1)
+        check_int("hold", self.hold, 1, mask_stream.WORD)
 
     def index(self, layers: int) -> Index:
         return _index_of(self.anneal)
@@ -295,7 +297,7 @@ class GradFreeze(Policy):
 
     def __post_init__(self):
         check_choice("direction", self.direction, ("top-down", "bottom-up"))
-        check_int("layers_per_epoch", self.layers_per_epoch, 1)
+        check_int("layers_per_epoch", self.layers_per_epoch, 1, mask_stream.WORD)
 
     def index(self, layers: int) -> Index:
         return Index("epoch", max(1, -(-layers // self.layers_per_epoch)))
@@ -396,12 +398,12 @@ def _check_p_or_anneal(policy: Any) -> None:
     p, anneal = policy.p, policy.anneal
     if (p is None) == (anneal is None):
         raise ValueError(
-            f"{type(policy).__name__} takes exactly one of p and anneal, got p={p!r} and anneal={anneal!r}"
+            f"{type(policy).__name__} takes exactly one of p and anneal, got p={shown(p)} and anneal={shown(anneal)}"
         )
     if anneal is None:
         check_p("p", p)
     elif not isinstance(anneal, Schedule):
-        raise TypeError(f"anneal must be a schedule such as LinearAnneal, got {anneal!r}")
+        raise TypeError(f"anneal must be a schedule such as LinearAnneal, got {shown(anneal)}")
 
 
 def _check_rescale(rescale: Any) -> None:
@@ -410,7 +412,7 @@ def _check_rescale(rescale: Any) -> None:
 
 
 def _check_block(block: Any) -> None:
-    if block == "row":
+    if isinstance(block, str) and block == "row":
         return
-    if not is_int(block) or (block != 1 and (block < 1 or block % mask_stream.TILE)):
-        raise ValueError(f"block must be 1, a multiple of {mask_stream.TILE} or 'row', got {block!r}")
+    if not is_int(block) or (block != 1 and (not 1 <= block <= MAX_BLOCK or block % mask_stream.TILE)):
+        raise ValueError(f"block must be 1, a multiple of {mask_stream.TILE} up to 2**43 or 'row', got {shown(block)}")

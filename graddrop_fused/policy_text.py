@@ -92,7 +92,7 @@ def _parse(kind: str, text: str, classes: dict[str, type]) -> Any:
     if match is None:
         raise PolicyTextError(f"a {kind} must be written as name:argument=value,..., got {text!r}")
     cls = _class(kind, match["name"], classes, text)
-    names = [f.name for f in fields(cls)] if hasattr(cls, "__dataclass_fields__") else []
+    names = [f.name for f in fields(cls) if f.init] if hasattr(cls, "__dataclass_fields__") else []
     options: dict[str, Any] = {}
     body = match["closed"] if match["open"] is None else match["open"]
     for place, item in enumerate(_split(body or "", text)):
@@ -181,7 +181,7 @@ def _value(value: str, text: str) -> Any:
 
 def _describe(thing: Any) -> tuple[str, str]:
     items = []
-    for f in fields(thing):
+    for f in (f for f in fields(thing) if f.init):
         value = getattr(thing, f.name)
         default = f.default if f.default_factory is MISSING else f.default_factory()
         if type(value) is type(default) and value == default:

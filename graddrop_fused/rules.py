@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .checks import check_bool, check_nonnegative, is_number
+from .checks import check_bool, check_nonnegative, is_number, shown
 
 Number = float | Tensor  # a Python float, or a float64 tensor with one number per tensor of a batch
 
@@ -193,7 +193,7 @@ class MaskOnly(Rule):
 
 def _check_betas(betas: Any) -> None:
     if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+        raise ValueError(f"betas must be two numbers in [0, 1), got {shown(betas)}")
     for index, beta in enumerate(betas):
         if not is_number(beta) or not 0.0 <= beta < 1.0:
-            raise ValueError(f"betas[{index}] must be a number in [0, 1), got {beta!r}")
+            raise ValueError(f"betas[{index}] must be a number in [0, 1), got {shown(beta)}")

@@ -7,7 +7,8 @@ loaded by its class's name, wherever it is defined.
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
-from .checks import check_int, check_p, plain
+from .checks import check_int, check_p, plain, shown
+from .mask_stream import WORD
 
 
 class Schedule:
@@ -49,7 +50,7 @@ class Schedule:
         if cls is None:
             raise ValueError(
                 f"the checkpoint's schedule must be one of {', '.join(sorted(Schedule.registry))} (import the module "
-                f"that defines yours before loading), got {state!r}"
+                f"that defines yours before loading), got {shown(state)}"
             )
         return cls(**options)
 
@@ -73,10 +74,10 @@ class LinearAnneal(Schedule):
         if (self.epochs is None) == (self.total_steps is None):
             raise ValueError(
                 f"LinearAnneal takes exactly one of epochs and total_steps, "
-                f"got epochs={self.epochs!r} and total_steps={self.total_steps!r}"
+                f"got epochs={shown(self.epochs)} and total_steps={shown(self.total_steps)}"
             )
         name = "epochs" if self.total_steps is None else "total_steps"
-        check_int(name, getattr(self, name), 2)
+        check_int(name, getattr(self, name), 2, WORD)
 
     @property
     def by(self):

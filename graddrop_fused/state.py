@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import shown
 from .groups import Member
 from .rules import Rule
 from .shards import is_dtensor, like, local
@@ -41,6 +42,8 @@ def check_tensor(what: str, value: Any, param: Tensor) -> None:
         raise TypeError(f"{what} must be a tensor, got {type(value)}")
     if not value.dtype.is_floating_point or value.layout is not torch.strided:
         raise ValueError(f"{what} must be a dense floating-point tensor, got {value.dtype} in layout {value.layout}")
+    if value.is_meta and not param.is_meta:
+        raise ValueError(f"{what} must have elements, got a meta tensor")
     if value.shape != param.shape:
         raise ValueError(f"{what} must have its parameter's shape {tuple(param.shape)}, got {tuple(value.shape)}")
     if is_dtensor(value) and not is_dtensor(param):
@@ -50,13 +53,14 @@ def check_tensor(what: str, value: Any, param: Tensor) -> None:
 def check_step(what: str, step: Any) -> None:
     """A count of steps: one whole number of at least 0."""
     if isinstance(step, Tensor):
-        if step.numel() != 1 or step.dtype.is_complex or step.dtype == torch.bool:
+        unusual = step.layout is not torch.strided or step.is_meta
+        if unusual or step.numel() != 1 or step.dtype.is_complex or step.dtype == torch.bool:
             raise ValueError(f"{what} must be one number, got {step.dtype} of shape {tuple(step.shape)}")
         step = step.item()
     if isinstance(step, bool) or not isinstance(step, int | float):
-        raise TypeError(f"{what} must be a number, got {step!r}")
+        raise TypeError(f"{what} must be a number, got {shown(step)}")
     if not 0 <= step < math.inf or step != int(step) or step >= 2**53:
-        raise ValueError(f"{what} must be a whole number of at least 0, got {step!r}")
+        raise ValueError(f"{what} must be a whole number of at least 0, got {shown(step)}")
 
 
 def complete(entry: Mapping[str, Any], param: Tensor, rule: Rule, dtype: torch.dtype) -> Entry:

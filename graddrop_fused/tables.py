@@ -91,8 +91,8 @@ class HostTables:
         # frombuffer on an array: torch.tensor takes five times as long, more than the rest of a small step
         integers = array("q")
         reals = array("d")
-        for kind, count, alone in rows:
-            integers.extend(_integers(kind, steps[kind.group], alone))
+        for kind, count, is_alone in rows:
+            integers.extend(_integers(kind, steps[kind.group], is_alone))
             reals.extend(_reals(self.rule, kind, steps[kind.group], count))
         if rows:
             integer_rows = torch.frombuffer(integers, dtype=torch.int64).view(-1, len(Integer))
@@ -109,7 +109,7 @@ def _integers(kind: Kind, step: GroupStep, left_alone: bool) -> list[int]:
     return [mask, effect, step.word, 0, row.lo, row.span, kind.block]
 
 
-def _reals(rule: Rule, kind: Kind, step: GroupStep, t: float) -> list[float]:
+def _reals(rule: Rule, kind: Kind, step: GroupStep, t: float) -> list[Any]:
     rescale = step.row.rescale * kind.own_rescale
     grad_scale, scale = (1.0, rescale) if step.effect == Effect.UPDATE else (rescale, 1.0)
     reals = [step.sign * grad_scale, step.row.noise_std, *rule.factors(step.lr, step.numbers, scale, max(t, 1.0))]
@@ -127,13 +127,14 @@ class DeviceTables:
     blocks: Tensor  # likewise
     own_rescale: Tensor  # (tensors,), float64
     by_rows: bool  # some block masks decide single elements
+    _static: list | None = None  # the host's hyperparameters that `_table` was made from
 
     @classmethod
     def of(cls, batch: Batch, rule: Rule, kinds: Sequence[Kind], stream_ids: Sequence[int]) -> "DeviceTables":
         def tensor(values, dtype=torch.int64):
             return to_device(torch.tensor(list(values), dtype=dtype, device=HOST), batch.integers.device)
 
-        self = cls(
+        return cls(
             batch,
             rule,
             group_of=tensor(kind.group for kind in kinds),
@@ -142,8 +143,6 @@ class DeviceTables:
             own_rescale=tensor((kind.own_rescale for kind in kinds), torch.float64),
             by_rows=any(kind.block == 1 for kind in kinds),
         )
-        self._static: list | None = None
-        return self
 
     def fill(
         self,
@@ -175,8 +174,8 @@ class DeviceTables:
         reals[:, Real.GRAD_FACTOR] = sign * torch.where(update, 1.0, rescale)
         reals[:, Real.NOISE_STD] = noise_std
         factors = self.rule.factors(lr, rest, torch.where(update, rescale, 1.0), t.clamp_min(1.0))
-        for k, values in enumerate(factors):
-            reals[:, Real.FACTOR + k] = values
+        for k, factor in enumerate(factors):
+            reals[:, Real.FACTOR + k] = factor
         for run in runs(left_alone):
             integers[run, Integer.MASK] = int(Mask.DROP)
             integers[run, Integer.EFFECT] = int(Effect.FREEZE)

@@ -11,6 +11,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -110,7 +111,7 @@ def pack(batch: Batch, *, seed: int) -> None:
             layout=tables.layout_now(batch),
             integers=_numbers(batch, device)[0],
             seed=seed,
-            KINDS=_bits(batch.integers[:, Integer.MASK].tolist()),
+            KINDS=kinds_and_effects(batch)["KINDS"] | 1 << Mask.DROP,
             **tables.indexing,
             **pack_sizes(_warp_size(device)),
             **OPTIONS,
@@ -119,14 +120,17 @@ def pack(batch: Batch, *, seed: int) -> None:
 
 def rule_constants(rule: Rule) -> dict:
     """A rule's compile-time arguments. Raises NotImplementedError where kernels/triton has no rule of its name."""
+    return {"RULE": _update_of(rule.name), "STATES": len(rule.states), "FACTORS": len(rule.factor_names)}
+
+
+@cache
+def _update_of(name: str):
     try:
-        function = importlib.import_module(f"{__package__}.kernels.triton.{rule.name}").update
+        return importlib.import_module(f"{__package__}.kernels.triton.{name}").update
     except (ModuleNotFoundError, AttributeError):
         raise NotImplementedError(
-            f"the rule {rule.name!r} has no Triton kernel: write kernels/triton/{rule.name}.py, or choose "
-            "backend='reference'"
+            f"the rule {name!r} has no Triton kernel: write kernels/triton/{name}.py, or choose backend='reference'"
         ) from None
-    return {"RULE": function, "STATES": len(rule.states), "FACTORS": len(rule.factor_names)}
 
 
 def dtype_constants(dtypes: Iterable[torch.dtype]) -> dict:
@@ -163,15 +167,16 @@ def pack_sizes(warp_size: int) -> dict[str, int]:
 def kinds_and_effects(batch: Batch) -> dict[str, int]:
     """What kernels are specialised on: a bit for each Mask and Effect that may occur.
 
-    Where the batch does not say what its schedules can reach, that is what occurs now and KEEP, where most of them end:
-    else a kernel would be compiled in the middle of a training.
+    Where the batch does not say what its schedules can reach, KEEP and DROP are added to what occurs now: most of them
+    end in one of the two, and a kernel would be compiled in the middle of a training.
     """
+    left_alone = {(Mask.DROP, Effect.FREEZE)}  # not counted: it comes and goes with gradients
     pairs = batch.pairs
     if pairs is None:
-        pairs = {(m, e) for m, e in batch.integers[:, [Integer.MASK, Integer.EFFECT]].tolist()}
-        pairs |= {(Mask.KEEP, e) for _, e in pairs}
-    # what a step leaves alone is not counted: it comes and goes with gradients
-    pairs = pairs - {(Mask.DROP, Effect.FREEZE)}
+        pairs = {(m, e) for m, e in batch.integers[:, [Integer.MASK, Integer.EFFECT]].tolist()} - left_alone
+        effects = {effect for _, effect in pairs} or {Effect.FREEZE}
+        pairs |= {(mask, effect) for mask in (Mask.KEEP, Mask.DROP) for effect in effects}
+    pairs = pairs - left_alone
     return {"KINDS": _bits(mask for mask, _ in pairs), "EFFECTS": _bits(effect for _, effect in pairs)}
 
 
@@ -198,9 +203,10 @@ def _numbers(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Batch.integers and Batch.reals on the device, from the host in one copy that nothing waits for."""
     if batch.integers.device == device:
         return batch.integers, batch.reals
-    size = batch.integers.numel()
-    both = to_device(torch.cat([batch.integers.reshape(-1), batch.reals.reshape(-1).view(torch.int64)]), device)
-    return both[:size], both[size:].view(torch.float64)
+    size = batch.reals.numel()
+    # the 64 bytes of a row of reals first: Triton compiles anew for a table that is not 16-byte aligned
+    both = to_device(torch.cat([batch.reals.reshape(-1).view(torch.int64), batch.integers.reshape(-1)]), device)
+    return both[size:], both[:size].view(torch.float64)
 
 
 def _tables(batch: Batch, device: torch.device, in_memory_order: bool) -> "_Tables":

@@ -1,5 +1,6 @@
 """What users may pass. Every error names the argument, its value and what would be right, before anything changes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .checks import check_bool, check_nonnegative
+from .checks import check_bool, check_nonnegative, shown
 from .groups import Layers, Member, effect_of, members, policy_of, static_mask
 from .names import canonical_name
 from .policies import EFFECTS, Policy, StaticMask
@@ -30,30 +31,32 @@ def group_options(options: Mapping[str, Any], rule_class: type[Rule]) -> None:
         check_bool(name, options.get(name, False))
     if options.get("differentiable"):
         raise ValueError("differentiable must be False: the fused step updates in place, outside autograd; got True")
-    if options.get("foreach") and options.get("fused"):
+    if options.get("foreach") is True and options.get("fused") is True:
         raise ValueError("foreach and fused must not both be True (the step is always fused), got True and True")
     policy(options["drop"], options["effect"])
     layer = options.get("layer")
     if layer is not None and not isinstance(layer, str):
-        raise TypeError(f"layer must be a layer's name (str) or None, got {layer!r}")
+        raise TypeError(f"layer must be a layer's name (str) or None, got {shown(layer)}")
 
 
 def _check_lr(lr: Any) -> None:
     if not isinstance(lr, Tensor):
         return check_nonnegative("lr", lr)
+    if lr.layout is not torch.strided or lr.dtype.is_complex or lr.dtype == torch.bool:
+        raise ValueError(f"lr must be a float or a dense tensor of one real number, got {shown(lr)}")
     if lr.numel() != 1:
         raise ValueError(f"lr must be a float or a tensor of one element, got one of shape {tuple(lr.shape)}")
-    if not lr.is_cuda and not lr.is_meta and not bool((lr >= 0).all()):
-        raise ValueError(f"lr must be at least 0, got {lr!r}")
+    if not lr.is_cuda and not lr.is_meta and not bool(((lr >= 0) & (lr < math.inf)).all()):
+        raise ValueError(f"lr must be finite and at least 0, got {lr!r:.200}")
 
 
 def policy(drop: Any, effect: Any) -> None:
     if effect is not None and (not isinstance(effect, str) or effect not in EFFECTS):
-        raise ValueError(f"effect must be None or one of {', '.join(map(repr, EFFECTS))}, got {effect!r}")
+        raise ValueError(f"effect must be None or one of {', '.join(map(repr, EFFECTS))}, got {shown(effect)}")
     if drop is None:
         return
     if not isinstance(drop, Policy):
-        raise TypeError(f"drop must be None or a policy such as GradDrop(p=0.1), got {drop!r}")
+        raise TypeError(f"drop must be None or a policy such as GradDrop(p=0.1), got {shown(drop)}")
     drop.check_effect(effect_of({"drop": drop, "effect": effect}).name.lower())
     drop.to_state()  # what cannot be saved would fail at the first checkpoint, after the training
 

@@ -117,7 +117,7 @@ def test_text_and_html(model, capsys):
 
 @pytest.mark.skipif(not hasattr(MaskHandle, "groups"), reason="MaskHandle does not show its groups")
 def test_handle_of_attach(model):
-    handle = attach(torch.optim.SGD(param_groups(model), lr=0.1), GradDrop(p=0.5))
+    handle = attach(torch.optim.SGD(param_groups(model, drop=GradDrop(p=0.5)), lr=0.1))
     assert describe(handle).total.active == pytest.approx(0.5, abs=1e-3)
 
 

@@ -28,10 +28,11 @@ LONG = {
     "make wheel": "downloads tools; tests/test_packaging.py builds wheels",
     "make fuzz": "hours",
     "make sanitize": "minutes",
+    "python -m pytest tests/": "a part of this suite",
     "pip ": "changes the environment; tests/test_packaging.py installs",
     "python -m benchmarks": "minutes; tests/test_benchmarks.py runs it in its smallest size",
     "python -m benchmarks.crosslingual": "hours; tests/test_crosslingual_runs.py runs it with tiny models",
-    "python -m graddrop_fused build": "half a minute; tests/test_packaging.py runs it with a quick compiler",
+    "python -m graddrop_fused build": "a minute; tests/test_packaging.py runs it with a quick compiler",
     "GRADDROP_": "a test build",
 }
 RUN = {"python -m graddrop_fused"}

@@ -616,6 +616,13 @@ def test_attach_twice_and_to_ours_is_refused():
         attach(GradDropSGD(params.values()), GradDrop(0.5))
 
 
+def test_a_policy_that_no_group_would_use_is_refused():
+    """Groups that say drop=None keep everything, so this one would have no effect."""
+    sgd = torch.optim.SGD([{"params": nn.Linear(2, 2).parameters(), "drop": None}], lr=0.1)
+    with pytest.raises(ValueError, match="drop must be of use"):
+        attach(sgd, GradDrop(0.5))
+
+
 @pytest.mark.parametrize("change", [grow, shrink], ids=["grown", "shrunk"])
 def test_attach_follows_a_parameter_that_is_replaced(change):
     params, sgd, handle = attached()

@@ -32,8 +32,8 @@ inline float to_float(bfloat16 x) { return float_of(uint32_t{x.bits} << 16); }
 inline float to_float(float16 x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return float_of(sign | (magnitude << 13) | 0x7f800000u);  // infinity, NaN
-  // 2**112 moves the exponent from half's bias to float's and makes subnormals normal, exactly
-  return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
+  if (magnitude < 0x400u) return float_of(sign | bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f));
+  return float_of(sign | ((magnitude << 13) + (uint32_t{112} << 23)));  // from half's bias of the exponent to float's
 }
 
 inline void from_float(float x, float* out) { *out = x; }

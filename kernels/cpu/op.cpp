@@ -9,10 +9,15 @@
 #include <string>
 #include <vector>
 
+#ifdef GRADDROP_X86
+#include <cpuid.h>
+#endif
+
 #include "contract.h"
 #include "level.h"
 #include "oracle.h"
 #include "stretch.h"
+#include "subnormals.h"
 
 namespace {
 
@@ -21,13 +26,21 @@ using torch::stable::Tensor;
 
 constexpr int64_t ORACLE = 3;
 
+#ifdef GRADDROP_X86
+// older clangs do not know "f16c" to __builtin_cpu_supports
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 int64_t best_level() {
 #ifdef GRADDROP_X86
 #ifdef GRADDROP_EMULATE_AVX512
   return 2;
 #endif
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return avx2 ? (avx512 ? 2 : 1) : 0;
@@ -61,6 +74,7 @@ void for_all(const Level& level, const Call& call, OnStretch on_stretch) {
   const int64_t shares = (total + share - 1) / share;
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
+    const FlushSubnormals flush;
     for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < shares;) {
       const int64_t first = k * share, last = std::min(total, first + share);
       auto t = std::upper_bound(ends.begin(), ends.end(), first) - ends.begin();
@@ -107,6 +121,7 @@ void update(Tensor layout, Tensor integers, Tensor reals, int64_t rule, int64_t 
   STD_TORCH_CHECK(name.name != nullptr, "there is no rule number ", rule);
   call.states = name.states;
   if (level != ORACLE) return for_all(level_at(level), call, update_stretch);
+  const FlushSubnormals flush;
   STD_TORCH_CHECK(oracle_update(call, name.name), "the oracle has no rule ", name.name);
 }
 

@@ -19,6 +19,12 @@ inline const double* factors_of(const Factors& factors, double) { return factors
 #define GRADDROP_INDEPENDENT
 #endif
 
+#if defined(__GNUC__)
+#define GRADDROP_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define GRADDROP_PREFETCH(address)
+#endif
+
 // A tile that is drawn is drawn while its predecessor is updated: an update waits for memory, a square root and a
 // division, and a draw for multiplications. Updates wait so long that a processor's window holds few whole ones.
 // Therefore the stages of a rule that has any overlap: of three neighbouring vectors at a time.
@@ -107,8 +113,20 @@ class Pipeline {
     ((draw_parts<VECTOR * PARTS / VECTORS>(
           draw, first / ELEMENTS_PER_COUNTER,
           std::make_integer_sequence<int, (VECTOR + 1) * PARTS / VECTORS - VECTOR * PARTS / VECTORS>{}),
-      update(decisions, first + VECTOR * V::WIDTH)),
+      prefetch(first + VECTOR * V::WIDTH), update(decisions, first + VECTOR * V::WIDTH)),
      ...);
+  }
+
+  // The next tile's lines. A draw's instructions fill the processor's window, which would otherwise reach these loads.
+  GRADDROP_INLINE void prefetch(int i) const {
+    prefetch(param_, i);
+    prefetch(grad_, i);
+    for (int k = 0; k < Rule::STATES; ++k) prefetch(state_[k], i);
+  }
+  template <class T>
+  GRADDROP_INLINE static void prefetch(const T* x, int i) {
+    constexpr int LINE = 64;  // bytes
+    if (i * static_cast<int>(sizeof(T)) % LINE == 0) GRADDROP_PREFETCH(x + TILE + i);
   }
 
   GRADDROP_INLINE void update(const Decisions& decisions, int i) {

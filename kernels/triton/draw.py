@@ -111,7 +111,7 @@ def block_at(offset, first, block, window, key):
     """
     number = first // block
     beyond = offset - tl.minimum((number + 1) * block - first, FAR).to(tl.int32)
-    further = 1 + beyond // tl.minimum(block, FAR).to(tl.int32)
+    further = 1 + beyond.to(tl.uint32) // tl.minimum(block, FAR).to(tl.uint32)
     return block_kept(number + tl.where(beyond < 0, 0, further), window, key)
 
 

@@ -111,10 +111,11 @@ def update_kernel(
         middle, stop, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
         PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, LANES,
     )  # fmt: skip
-    update_tiles(
-        start, middle, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
-        PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, TILES, VECTOR,
-    )  # fmt: skip
+    if start < middle:
+        update_tiles(
+            start, middle, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
+            PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, TILES, VECTOR,
+        )  # fmt: skip
 
 
 # The passes load their numbers each for itself: what stayed in registers across one would lower the occupancy of all.

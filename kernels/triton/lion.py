@@ -10,6 +10,5 @@ def update(p, g, states, factors):
     decay, step, one_minus_beta1, one_minus_beta2 = factors
     difference = g - states[0]
     direction = states[0] + one_minus_beta1 * difference
-    # zero and NaN are their own signs
-    sign = tl.where(direction > 0, 1.0, tl.where(direction < 0, -1.0, direction))
+    sign = tl.where(direction > 0, 1.0, tl.where(direction < 0, -1.0, 0.0))  # a NaN's is 0, as torch.sign's
     return p * decay - step * sign, (states[0] + one_minus_beta2 * difference,)
