@@ -35,6 +35,15 @@ fuzz: export GRADDROP_FUZZ ?= 10000
 fuzz: $(READY)
 	$(RUN) pytest -k fuzz --timeout 0 $(ARGS)
 
+# new sequences of operations on every backend, for an hour: make fuzz-hour FUZZ_SECONDS=600 FUZZ_SEED=7
+fuzz-hour: export FUZZ_SECONDS ?= 3600
+fuzz-hour: $(READY)
+	$(RUN) pytest -x tests/test_sequences.py -k new_sequences $(ARGS)
+
+# torch's own descriptions of its optimizers, run on ours; with TORCH_SOURCE=/path also test/test_optim.py of that tree
+torch-tests: .venv/tools .venv/op
+	$(RUN) tests.torch_optim $(ARGS)
+
 # the suite under every set of versions in tests/matrix, one after the other; summaries in results/test-matrix
 test-matrix: .venv/op
 	$(MAKE) -k $(patsubst tests/matrix/%.txt,.venvs/%/tested,$(wildcard tests/matrix/*.txt))
@@ -59,7 +68,7 @@ clean:
 	rm -rf .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: demo test lint bench gpu fuzz test-matrix wheel sanitize clean existing
+.PHONY: demo test lint bench gpu fuzz fuzz-hour torch-tests test-matrix wheel sanitize clean existing
 .SECONDARY:
 
 # Debian packages: $(call install,PACKAGES) as root or by sudo, else it fails and says what to run

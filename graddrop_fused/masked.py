@@ -291,9 +291,11 @@ class MaskedOptimizer(Optimizer):
             self.param_groups[0].update(checkpoint.of_clock(self._clock))
 
     def _check_shown_clock(self) -> None:
-        if not self.param_groups or self._device_numbers:  # whose draw is known to the device alone
+        if not self.param_groups:
             return
         shown, clock = self.param_groups[0], self._clock.state()
+        if self._device_numbers:
+            del clock["draw"]  # known to the device alone
         if all([shown.get(name) == value for name, value in clock.items()]):
             return
         for name, value in clock.items():

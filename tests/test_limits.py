@@ -136,12 +136,12 @@ SHORT_OF_MEMORY = """
     from graddrop_fused import {optimizer}, GradDrop, GradDropEpoch
 
     torch.set_num_threads(1)
-    small, large = torch.nn.Parameter(torch.ones(64)), torch.nn.Parameter(torch.ones(16 * 2**20))
+    small, large = torch.nn.Parameter(torch.ones(64)), torch.nn.Parameter(torch.ones(4 * 2**20))
     params = {{"small": small, "large": large}}
     opt = {optimizer}(params.items(), drop={drop}, backend={backend!r}, steps_per_epoch=2, **{options})
     small.grad = torch.ones_like(small)
     opt.step()
-    large.grad = torch.ones(1).expand(16 * 2**20)
+    large.grad = torch.ones(1).expand(4 * 2**20)
     before = everything_of(params, opt)
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + {room} * 2**20, -1))
@@ -179,14 +179,14 @@ class _Small:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address space is limited and read as on Linux")
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("backend", backends()[-1:])
 @pytest.mark.parametrize(
     ("optimizer", "options", "drop", "room"),
     [
-        ("GradDropAdamW", {}, "GradDrop(0.5)", 30),
-        ("GradDropAdamW", {}, "GradDrop(0.5)", 100),  # the first moment has room, the second not
-        ("GradDropSGD", {"momentum": 0.9}, "GradDrop(0.5)", 30),
-        ("GradDropLion", {}, "GradDropEpoch(0.5)", 30),
+        ("GradDropAdamW", {}, "GradDrop(0.5)", 8),
+        ("GradDropAdamW", {}, "GradDrop(0.5)", 24),  # the first moment has room, the second not
+        ("GradDropSGD", {"momentum": 0.9}, "GradDrop(0.5)", 8),
+        ("GradDropLion", {}, "GradDropEpoch(0.5)", 8),
     ],
 )
 def test_a_step_that_runs_out_of_memory_has_not_begun(backend, optimizer, options, drop, room):

@@ -181,7 +181,7 @@ class Sides:
 
     def step(self, closure_of: Callable[[Side], Any] | None = None, scale: float | None = None, inf: bool = False):
         """A step on every side; returns ("returned", ...) or ("raised", ...)."""
-        masks = [[outcome(lambda p=p, side=side: side.opt.keep_mask(p)) for p in side.params] for side in self.all]
+        masks = [side.facts()["masks"] for side in self.all]
         before = [side.snapshot()["numbers"] for side in self.all]
 
         def operation(side: Side) -> Any:
