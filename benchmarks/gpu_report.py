@@ -6,7 +6,7 @@ Compiler-derived predictions only: nothing here was timed on a GPU, and none is 
 of time for sm_80, sm_90, sm_100 and gfx942 with the options of a real launch. SASS comes from the disassembler in
 Triton's wheel; for gfx942 the AMDGCN assembly says the same.
 
-The model: one pass of tiles moves BYTES per element once between memory and SM. A limit is the share of the memory's
+The model: one wide pass moves BYTES per element once between memory and SM. A limit is the share of the memory's
 rate at which that resource alone would run: above 1 it is not the bottleneck. Branches inside a pass are all counted; a
 loop inside it (counters of a mask drawn one at a time) by its trip count.
 """
@@ -100,12 +100,12 @@ class Variant:
         """The passes to find in the assembly: elements are those of a thread."""
         sizes = self.sizes(warp_size)
         if self.rule is None:
-            return [PassShape("tiles", 128, counters=16)]
-        shapes = [PassShape("tiles", 4 * sizes["VECTOR"], counters=sizes["VECTOR"] // 2)]
-        shapes.append(PassShape("lanes", 4, stores=4 * (1 + self.states), counters=4))
+            return [PassShape("wide", 128, counters=16)]
+        shapes = [PassShape("wide", 4 * sizes["VECTOR"], counters=sizes["VECTOR"] // 2)]
+        shapes.append(PassShape("narrow", 4, stores=4 * (1 + self.states), counters=4))
         if self.dims:
-            each = sizes["ELEMENTS"] // (sizes["num_warps"] * warp_size)
-            shapes.append(PassShape("elements", each, stores=each * (1 + self.states)))
+            each = sizes["STRIDED"] // (sizes["num_warps"] * warp_size)
+            shapes.append(PassShape("strided", each, stores=each * (1 + self.states)))
         return shapes
 
     def __str__(self) -> str:
@@ -170,27 +170,27 @@ def limits(variant: Variant, report: Report, gpu: GPU) -> dict[str, float]:
     """Each resource's own limit, as a share of the memory roofline."""
     memory = gpu.bandwidth / variant.bytes_per_element  # elements per second
     per_second = gpu.sms * gpu.clock
-    tiles = report.passes["tiles"]
-    use = tiles.per_element
+    wide = report.passes["wide"]
+    use = wide.per_element
     needs = {
-        "issue": (gpu.issue, tiles.instructions),
+        "issue": (gpu.issue, wide.instructions),
         "integer": (gpu.integer, use.get("INT", 0) + use.get("IMAD", 0)),
         "special": (gpu.special, use.get("SFU", 0)),
     }
     return {"memory": 1.0} | {name: rate * per_second / need / memory for name, (rate, need) in needs.items() if need}
 
 
-COLUMNS = "variant | target | B/elem | widths | regs | spills | stack | shared | tiles | lanes | elements | by pipe"
+COLUMNS = "variant | target | B/elem | widths | regs | spills | stack | shared | wide | narrow | strided | by pipe"
 
 
 def row(variant: Variant, target: str) -> str:
     """A row of the report's table: COLUMNS and limits."""
     r = examine(variant, target)
-    tiles = r.passes["tiles"]
-    widths = ", ".join(f"{n} x {w} B" for w, n in sorted(tiles.widths.items()))
+    wide = r.passes["wide"]
+    widths = ", ".join(f"{n} x {w} B" for w, n in sorted(wide.widths.items()))
     spills = f"{r.spills} ({r.in_lanes} scalars in lanes)" if r.in_lanes else str(r.spills)
-    instructions = [f"{r.passes[p].instructions:.1f}" if p in r.passes else "-" for p in ("tiles", "lanes", "elements")]
-    pipes = ", ".join(f"{name} {count:.1f}" for name, count in sorted(tiles.per_element.items()))
+    instructions = [f"{r.passes[p].instructions:.1f}" if p in r.passes else "-" for p in ("wide", "narrow", "strided")]
+    pipes = ", ".join(f"{name} {count:.1f}" for name, count in sorted(wide.per_element.items()))
     gpu = GPUS.get(target)
     shares = limits(variant, r, gpu) if gpu else {}
     said = f"{gpu.name}: " + ", ".join(f"{k} {v:.1f}x" for k, v in shares.items() if k != "memory") if gpu else "-"

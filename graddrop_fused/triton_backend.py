@@ -152,8 +152,8 @@ def sizes(dtypes: Iterable[torch.dtype], warp_size: int) -> dict[str, int]:
     return {
         "TILES": threads * vector // 32,
         "VECTOR": vector,
-        "LANES": threads // 32,
-        "ELEMENTS": 2 * threads,
+        "NARROW": threads // 32,
+        "STRIDED": 2 * threads,
         "CHUNK": CHUNK,
         "num_warps": WARPS,
     }
@@ -161,7 +161,7 @@ def sizes(dtypes: Iterable[torch.dtype], warp_size: int) -> dict[str, int]:
 
 def pack_sizes(warp_size: int) -> dict[str, int]:
     """The same for packing, where a thread draws a whole tile. One warp: its passes suit small tensors too."""
-    return {"TILES": warp_size, "ELEMENTS": 4 * warp_size, "CHUNK": CHUNK, "num_warps": 1}
+    return {"TILES": warp_size, "STRIDED": 4 * warp_size, "CHUNK": CHUNK, "num_warps": 1}
 
 
 def kinds_and_effects(batch: Batch) -> dict[str, int]:

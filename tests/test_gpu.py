@@ -11,7 +11,7 @@ from graddrop_fused.rules import MaskOnly
 
 pytestmark = pytest.mark.gpu
 
-# passes of tiles take 2048 elements of 4 bytes or 4096 of 2, and twice as many on a GPU with warps of 64
+# wide passes take 2048 elements of 4 bytes or 4096 of 2, and twice as many on a GPU with warps of 64
 CASES = [*parity.CASES, *several_passes(triton_backend.CHUNK, 4096)]
 
 

@@ -71,7 +71,7 @@ def small_passes(monkeypatch):
 
     monkeypatch.setattr(triton_backend, "CHUNK", CHUNK)
     sizes, pack_sizes = triton_backend.sizes, triton_backend.pack_sizes
-    small = {"TILES": PASS // 128, "LANES": PASS // 128, "ELEMENTS": PASS, "CHUNK": CHUNK}
+    small = {"TILES": PASS // 128, "NARROW": PASS // 128, "STRIDED": PASS, "CHUNK": CHUNK}
     monkeypatch.setattr(triton_backend, "sizes", lambda *args: sizes(*args) | small)
     monkeypatch.setattr(
         triton_backend, "pack_sizes", lambda *args: {k: small.get(k, v) for k, v in pack_sizes(*args).items()}
@@ -93,11 +93,9 @@ def distinct(cases: list[parity.Case], unread: set[str], **ignored) -> list[pari
 
 LONG = several_passes(CHUNK, PASS)
 # the same to a kernel as other cases: it sees factors, no hyperparameters, and one rule as it sees another
-SAME = {f"first-step-{rule}" for rule in parity.RULES} | {"large"}
-SAME |= {f"{name}-{rule}" for rule in parity.RULES for name in ("kinds-gradient", "kinds-freeze", "kinds-update")}
-SAME -= {f"kinds-{effect}-adamw" for effect in ("gradient", "freeze", "update")}
-SAME -= {"kinds-freeze-amsgrad", "kinds-update-sgd", "kinds-gradient-momentum", "kinds-update-lion"}
-SAME |= {f"mixed-batch-{rule}" for rule in ("amsgrad", "sgd", "momentum", "nesterov")}
+RULES = {"amsgrad": "freeze", "sgd": "update", "momentum": "gradient", "nesterov": "", "lion": "update"}  # with effect
+SAME = {"large"} | {f"first-step-{rule}" for rule in parity.RULES} | {f"mixed-batch-{rule}" for rule in RULES}
+SAME |= {f"kinds-{e}-{rule}" for rule, effect in RULES.items() for e in ("gradient", "freeze", "update") if e != effect}
 # of 2-byte dtypes one each: they differ in conversions, not in accesses
 SAME |= {
     case.name for case in parity.CASES if case.name.startswith("dtypes-") and {"f16", "bf16"} <= {*case.name.split("-")}

@@ -2,16 +2,16 @@
 
 Elements come in three forms.
 
-*Tiles*: TILES whole tiles of the mask stream, 16 bytes an access. Element 128 * t + 32 * w + VECTOR * k + j of a pass
+*Wide*: TILES whole tiles of the mask stream, 16 bytes an access. Element 128 * t + 32 * w + VECTOR * k + j of a pass
 is element (t, k, j) of the w-th access, [TILES, PARTS, VECTOR] with PARTS = 32 // VECTOR. A thread holds the last
 dimension, so VECTOR // 2 counters serve all its 4 * VECTOR elements, and its decisions are one integer of its own,
 [TILES, PARTS]: bit VECTOR * w + j. (Masks made in the shape of an access would go through shared memory to reach its
 layout.)
 
-*Lanes*: the same tiles, an element an access. Element 128 * t + 32 * w + l is element (t, l) of the w-th access,
+*Narrow*: the same tiles, an element an access. Element 128 * t + 32 * w + l is element (t, l) of the w-th access,
 [TILES, 32], so a counter serves a thread's four elements.
 
-*Elements*: any elements, in one dimension, a counter each.
+*Strided*: elements anywhere, in one dimension, a counter each.
 """
 
 import triton
@@ -115,7 +115,7 @@ def block_at(offset, first, block, window, key):
     return block_kept(number + tl.where(beyond < 0, 0, further), window, key)
 
 
-# Tiles
+# Wide
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def whole_tiles_kept(kind, first, block, window, key, KINDS: tl.constexpr, TILES
 
 
 @triton.jit
-def tiles_kept(kind, whole, first, packed, window, key, KINDS: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr):
+def wide_kept(kind, whole, first, packed, window, key, KINDS: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr):
     """Each thread's decisions, [TILES, PARTS].
 
     ``first``: as above. ``whole``: of whole_tiles_kept. ``packed``: at the first tile's words, 16-byte aligned.
@@ -191,7 +191,7 @@ def kept_at(bits, w, VECTOR: tl.constexpr):
 def tiles_words(kind, whole, first, window, key, KINDS: tl.constexpr, TILES: tl.constexpr):
     """Every tile's four words of decisions, [TILES, 4]: a thread draws whole tiles, to store 16 bytes at a time.
 
-    Arguments as :func:`tiles_kept`'s.
+    Arguments as :func:`wide_kept`'s.
     """
     w0 = tl.where(whole, -1, 0)
     w1, w2, w3 = w0, w0, w0
@@ -213,11 +213,11 @@ def two_bits(word, window):
     return decide(word << 16, window).to(tl.int32) | decide(word, window).to(tl.int32) << 1
 
 
-# Lanes
+# Narrow
 
 
 @triton.jit
-def lanes_kept(
+def narrow_kept(
     kind, offset, inside, first, index, packed, block, window, key, KINDS: tl.constexpr, TILES: tl.constexpr
 ):
     """Each thread's four decisions, four [TILES, 32].
@@ -230,7 +230,7 @@ def lanes_kept(
     k1, k2, k3 = k0, k0, k0
     if ELEMENT_BIT & KINDS:
         if kind == ELEMENT:
-            k0, k1, k2, k3 = lanes_drawn(first, window, key, TILES)
+            k0, k1, k2, k3 = narrow_drawn(first, window, key, TILES)
     if BLOCK_BIT & KINDS:
         if kind == BLOCK:
             bits = tl.zeros([TILES, 32], tl.int32)
@@ -248,7 +248,7 @@ def lanes_kept(
 
 
 @triton.jit
-def lanes_drawn(first, window, key, TILES: tl.constexpr):
+def narrow_drawn(first, window, key, TILES: tl.constexpr):
     lane = tl.arange(0, 32).to(tl.uint32)[None, :]
     words, upper = words_at(tile_counters(first, TILES) + lane // 2, FOR_ELEMENT, key), lane % 2
     return (
@@ -265,11 +265,11 @@ def packed_bit(words, offset, inside):
     return (tl.load(words, mask=inside, other=0) >> (offset & 31).to(tl.int32)) & 1 != 0
 
 
-# Elements
+# Strided
 
 
 @triton.jit
-def elements_kept(kind, local, inside, index, packed, block, window, key, KINDS: tl.constexpr):
+def strided_kept(kind, local, inside, index, packed, block, window, key, KINDS: tl.constexpr):
     """One mask bit per element. ``local``: row-major index in the tensor, ``index``: in the whole parameter (int64)."""
     kept = tl.zeros_like(index) + kind != DROP
     if ELEMENT_BIT & KINDS:

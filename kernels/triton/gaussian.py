@@ -9,8 +9,8 @@ from .tables import FOR_GAUSSIAN, TILE
 
 
 @triton.jit
-def tiles_noise(first, key, TILES: tl.constexpr, VECTOR: tl.constexpr):
-    """Standard normals of the four accesses of a pass of tiles, [TILES, PARTS, VECTOR] each."""
+def wide_noise(first, key, TILES: tl.constexpr, VECTOR: tl.constexpr):
+    """Standard normals of the four accesses of a wide pass, [TILES, PARTS, VECTOR] each."""
     counters = tile_counters(first, TILES) + (tl.arange(0, 32 // VECTOR) * VECTOR)[None, :]
     near = four_lanes_noise(counters, key)
     if VECTOR == 4:
@@ -26,13 +26,13 @@ def tiles_noise(first, key, TILES: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def lanes_noise(first, key, TILES: tl.constexpr):
-    """Standard normals of the four words of a pass of lanes, [TILES, 32] each."""
+def narrow_noise(first, key, TILES: tl.constexpr):
+    """Standard normals of the four words of a narrow pass, [TILES, 32] each."""
     return normals(words_at(tile_counters(first, TILES) + tl.arange(0, 32)[None, :], FOR_GAUSSIAN, key))
 
 
 @triton.jit
-def elements_noise(index, key):
+def strided_noise(index, key):
     """A standard normal for each global element index."""
     low = index.to(tl.uint32)
     return select(low >> 5, normals(words_at((index >> 7 << 5) + (low & 31), FOR_GAUSSIAN, key)))

@@ -2,9 +2,9 @@
 
 A program takes one chunk: CHUNK consecutive elements of one tensor. Three kinds of pass share it (forms of draw.py):
 
-- *tiles*, where memory is linear, 16-byte aligned and begins on a tile of the mask stream;
-- *lanes*, where memory is linear: tails, short tensors, views and shards at odd places, blocks that tiles do not fit;
-- *elements*, whatever the strides.
+- *wide*, 16 bytes an access, where memory is linear, aligned to them and begins on a tile of the mask stream;
+- *narrow*, where memory is linear: tails, short tensors, views and shards at odd places, blocks that tiles do not fit;
+- *strided*, whatever the strides.
 
 A rule is a module with a jitted ``update(p, g, states, factors)`` on loaded values; RULE is that function.
 """
@@ -13,18 +13,18 @@ import triton
 import triton.language as tl
 
 from .draw import (
-    elements_kept,
     kept_at,
-    lanes_kept,
     mask_numbers,
+    narrow_kept,
     only_one,
     resolve_kind,
-    tiles_kept,
+    strided_kept,
     tiles_words,
     whole_tiles_kept,
+    wide_kept,
 )
 from .effects import takes_grad, writes_param, writes_state
-from .gaussian import elements_noise, lanes_noise, tiles_noise
+from .gaussian import narrow_noise, strided_noise, wide_noise
 from .memory import aligned, chunk_at, dimensions, is_linear, load_tiles, locate, pointer, store_tiles
 from .tables import (
     BLOCK,
@@ -70,10 +70,10 @@ def update_kernel(
     EFFECTS: tl.constexpr,  # bit k: Effect k may occur
     DIMS: tl.constexpr,  # most dimensions of a tensor that is not linear; 0: all are
     WIDE: tl.constexpr,  # such a tensor reaches beyond 32 bits
-    TILES: tl.constexpr,  # of a pass of tiles
+    TILES: tl.constexpr,  # of a wide pass
     VECTOR: tl.constexpr,  # consecutive elements of a thread in it
-    LANES: tl.constexpr,  # tiles of a pass of lanes
-    ELEMENTS: tl.constexpr,  # of a pass of elements
+    NARROW: tl.constexpr,  # tiles of a narrow pass
+    STRIDED: tl.constexpr,  # elements of a strided pass
     CHUNK: tl.constexpr,  # elements of a program
 ):
     if found_inf is not None:
@@ -93,9 +93,9 @@ def update_kernel(
 
     if DIMS > 0:
         if not is_linear(row):
-            update_elements(
+            update_strided(
                 start, stop, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
-                PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, DIMS, WIDE, ELEMENTS,
+                PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, DIMS, WIDE, STRIDED,
             )  # fmt: skip
             return
     pointers = tl.load(row + PARAM) | tl.load(row + GRAD) | tl.load(row + PACKED_WORDS)
@@ -106,13 +106,13 @@ def update_kernel(
         fast &= (kind != BLOCK) | (tl.load(integers + BLOCK_SIZE) % TILE == 0)
     middle = start + tl.where(fast, (stop - start) // (TILES * TILE) * (TILES * TILE), 0)
 
-    # the tail first: it needs fewer registers, and nothing of it stays in them during the passes of tiles
-    update_lanes(
+    # the tail first: it needs fewer registers, and nothing of it stays in them during the wide passes
+    update_narrow(
         middle, stop, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
-        PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, LANES,
+        PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, NARROW,
     )  # fmt: skip
     if start < middle:
-        update_tiles(
+        update_wide(
             start, middle, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
             PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, TILES, VECTOR,
         )  # fmt: skip
@@ -122,7 +122,7 @@ def update_kernel(
 
 
 @triton.jit
-def update_tiles(
+def update_wide(
     start, stop, row, integers, reals, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
@@ -142,7 +142,7 @@ def update_tiles(
     for first in range(start, stop, TILES * TILE):
         first = tl.multiple_of(first, TILE)
         whole = whole_tiles_kept(kind, offset + first, block, window, key, KINDS, TILES)
-        bits = tiles_kept(kind, whole, offset + first, packed + first // 32, window, key, KINDS, TILES, VECTOR)
+        bits = wide_kept(kind, whole, offset + first, packed + first // 32, window, key, KINDS, TILES, VECTOR)
         whole = whole[:, :, None]
         live, any_live = tl.full([TILES, 1, 1], True, tl.int1), True
         if BLOCK_BIT & KINDS:
@@ -152,7 +152,7 @@ def update_tiles(
         if any_live:
             grad_live = tl.where(reads_grad, takes_grad(whole, effect), False)
             if GAUSSIAN_BIT & KINDS:
-                noise = tiles_noise(offset + first, key, TILES, VECTOR)
+                noise = wide_noise(offset + first, key, TILES, VECTOR)
             for w in tl.static_range(4):
                 at = first + w * 32
                 kept = kept_at(bits, w, VECTOR)
@@ -175,11 +175,11 @@ def update_tiles(
 
 
 @triton.jit
-def update_lanes(
+def update_narrow(
     start, stop, row, integers, reals, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
-    LANES: tl.constexpr,
+    NARROW: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
@@ -194,17 +194,17 @@ def update_lanes(
     reads_grad = has_grad(row, kind, effect)
     into_tile = (index % TILE).to(tl.int32)
 
-    for base in range(-into_tile, count, LANES * TILE):
-        offset = base + tl.arange(0, LANES)[:, None] * TILE + tl.arange(0, 32)[None, :]
+    for base in range(-into_tile, count, NARROW * TILE):
+        offset = base + tl.arange(0, NARROW)[:, None] * TILE + tl.arange(0, 32)[None, :]
         inside = (
             in_range(offset, count),
             in_range(offset + 32, count),
             in_range(offset + 64, count),
             in_range(offset + 96, count),
         )
-        kept = lanes_kept(kind, offset, inside, index + base, index, packed, block, window, key, KINDS, LANES)
+        kept = narrow_kept(kind, offset, inside, index + base, index, packed, block, window, key, KINDS, NARROW)
         if GAUSSIAN_BIT & KINDS:
-            noise = lanes_noise(index + base, key, LANES)
+            noise = narrow_noise(index + base, key, NARROW)
         for w in tl.static_range(4):
             factor = grad_factor
             if GAUSSIAN_BIT & KINDS:
@@ -216,11 +216,11 @@ def update_lanes(
 
 
 @triton.jit
-def update_elements(
+def update_strided(
     start, stop, row, integers, reals, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
-    DIMS: tl.constexpr, WIDE: tl.constexpr, ELEMENTS: tl.constexpr,
+    DIMS: tl.constexpr, WIDE: tl.constexpr, STRIDED: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
@@ -235,15 +235,15 @@ def update_elements(
     number: tl.constexpr = tl.int64 if WIDE else tl.int32
     dims = dimensions(row, number, DIMS)
 
-    for base in range(start.to(number), stop.to(number), ELEMENTS):
-        position = base + tl.arange(0, ELEMENTS)
+    for base in range(start.to(number), stop.to(number), STRIDED):
+        position = base + tl.arange(0, STRIDED)
         inside = position < stop.to(number)
         p_at, g_at, steps, local = locate(position, dims, DIMS)
         index = offset + steps
-        kept = elements_kept(kind, local, inside, index, packed, block, window, key, KINDS)
+        kept = strided_kept(kind, local, inside, index, packed, block, window, key, KINDS)
         factor = grad_factor
         if GAUSSIAN_BIT & KINDS:
-            factor = (1 + std * elements_noise(index, key)) * grad_factor
+            factor = (1 + std * strided_noise(index, key)) * grad_factor
         update_at(
             p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, 0, inside, kept, reads_grad, effect,
             factor, factors, RULE, STATES, dtype,
@@ -309,7 +309,7 @@ def pack_kernel(
     DIMS: tl.constexpr,
     WIDE: tl.constexpr,
     TILES: tl.constexpr,
-    ELEMENTS: tl.constexpr,
+    STRIDED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Arguments as :func:`update_kernel`'s; the layout's dimensions are in row-major order."""
@@ -332,18 +332,18 @@ def pack_kernel(
         at = first // 32 + tl.arange(0, TILES)[:, None] * 4 + tl.arange(0, 4)[None, :]
         tl.store(packed + at, words)
 
-    WORDS: tl.constexpr = ELEMENTS // 32
+    WORDS: tl.constexpr = STRIDED // 32
     packed = pointer(row + PACKED_WORDS, tl.int32)  # not aligned here
     number: tl.constexpr = tl.int64 if WIDE else tl.int32
     dims = dimensions(row, number, DIMS)
-    for base in range(middle, stop, ELEMENTS):
+    for base in range(middle, stop, STRIDED):
         position = base + tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]
         inside = position < stop
         steps = position
         if DIMS > 0:
             _, _, steps, _ = locate(position.to(number), dims, DIMS)
         index = offset + steps
-        kept = inside & elements_kept(kind, position, inside, index, packed, block, window, key, KINDS)
+        kept = inside & strided_kept(kind, position, inside, index, packed, block, window, key, KINDS)
         words = tl.sum(kept.to(tl.int32) << tl.arange(0, 32)[None, :], 1)
         first_bits = base + tl.arange(0, WORDS) * 32
         tl.store(packed + first_bits // 32, words, mask=first_bits < stop)

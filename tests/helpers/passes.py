@@ -12,7 +12,7 @@ _NAMES = ("kinds-", "dtypes-")  # of all effects, rules and combinations of dtyp
 def several_passes(chunk: int, one_pass: int) -> list[Case]:
     """CASES with all kinds of masks on tensors of a chunk, a pass and a tail; then places where tiles do not fit.
 
-    ``chunk``: elements of a program. ``one_pass``: of a pass of tiles, of 4-byte dtypes.
+    ``chunk``: elements of a program. ``one_pass``: of a wide pass, of 4-byte dtypes.
     """
     elements = chunk + one_pass + 77
     long = [enlarged(case, elements) for case in CASES if case.name.startswith(_NAMES)]
