@@ -223,7 +223,7 @@ def test_steps_inside_backward_draw_the_masks_of_a_whole_step():
 
 
 def steps_inside_backward(rank, world):
-    for drop in DROPS.values():
+    for drop in (DROPS["drawn"], DROPS["packed"]):  # an optimizer of one parameter has too few layers to drop some
         together, alone = sharded_transformer.model(), sharded_transformer.model()
         for model in (together, alone):
             sharded_transformer.fsdp(model, world)
