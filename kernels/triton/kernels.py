@@ -27,6 +27,16 @@ from .draw import (
 from .effects import takes_grad, writes_param, writes_state
 from .gaussian import narrow_noise, strided_noise, wide_noise
 from .memory import aligned, chunk_at, dimensions, is_linear, load_tiles, locate, pointer, store_tiles
+from .rounding import (
+    narrow_random,
+    narrow_words,
+    rounded_values,
+    rounding_key,
+    stored,
+    strided_random,
+    wide_random,
+    wide_words,
+)
 from .tables import (
     BLOCK,
     BLOCK_BIT,
@@ -46,6 +56,7 @@ from .tables import (
     PACKED_WORDS,
     PARAM,
     REALS,
+    ROUNDINGS,
     STATE,
     TILE,
     UPDATE,
@@ -58,6 +69,7 @@ def update_kernel(
     layout,  # (tensors, 45), int64: device_rows.DeviceRow
     integers,  # (tensors, 7), int64: contract.Integer
     reals,  # (tensors, 8), float64: contract.Real
+    rounding,  # (tensors, 2), int64: contract.Rounding, or None to round to nearest
     seed: tl.uint64,
     grad_scale,  # one float, or None without AMP
     found_inf,  # one float, or None without AMP
@@ -83,6 +95,8 @@ def update_kernel(
     tensor, row, start, stop = chunk_at(chunks, layout, CHUNK)
     integers += tensor * INTEGERS
     reals += tensor * REALS
+    if rounding is not None:
+        rounding += tensor * ROUNDINGS
     seed = seed.to(tl.uint64)
     kind, effect = tl.load(integers + MASK_KIND), tl.load(integers + EFFECT)
     if (kind == DROP) & (effect == FREEZE):
@@ -95,7 +109,7 @@ def update_kernel(
     if DIMS > 0:
         if not is_linear(row):
             update_strided(
-                start, stop, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
+                start, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
                 PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, DIMS, WIDE, STRIDED,
             )  # fmt: skip
             return
@@ -109,12 +123,12 @@ def update_kernel(
 
     # the tail first: it needs fewer registers, and nothing of it stays in them during the wide passes
     update_narrow(
-        middle, stop, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
+        middle, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
         PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, NARROW,
     )  # fmt: skip
     if start < middle:
         update_wide(
-            start, middle, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
+            start, middle, row, integers, reals, rounding, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
             PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, TILES, VECTOR,
         )  # fmt: skip
 
@@ -124,12 +138,15 @@ def update_kernel(
 
 @triton.jit
 def update_wide(
-    start, stop, row, integers, reals, kind, effect, seed, grad_scale,
+    start, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
     TILES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
+    VALUES: tl.constexpr = rounded_values(STATES, STATE_DTYPE)
+    if rounding is not None:
+        random_key = rounding_key(rounding, seed)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
     window, block, key = mask_numbers(integers, seed)
     offset = tl.load(row + OFFSET)
@@ -155,6 +172,8 @@ def update_wide(
             grad_live = tl.where(reads_grad, takes_grad(whole, effect), False)
             if GAUSSIAN_BIT & KINDS:
                 noise = wide_noise(offset + first, key, TILES, VECTOR)
+            if rounding is not None:
+                drawn = wide_words(offset + first, random_key, VALUES, TILES)
             for w in tl.static_range(4):
                 at = first + w * 32
                 kept = kept_at(bits, w, VECTOR)
@@ -168,22 +187,29 @@ def update_wide(
                     g = g * (1 + std * noise[w])
                 g = tl.where(takes_grad(kept, effect), g * grad_factor, 0.0)
                 p, states = RULE(p_raw.to(dtype), g, states, factors)
+                random = ()
+                if rounding is not None:
+                    random = wide_random(drawn, w, VALUES, TILES)
                 # a select of the raw values: a frozen element keeps its bits, and the store its full width
-                p = tl.where(writes_param(kept, effect), p.to(PARAM_DTYPE), p_raw)
+                p = tl.where(writes_param(kept, effect), stored(p, PARAM_DTYPE, random, 0), p_raw)
                 store_tiles(p_ptr + at, p, live, TILES, VECTOR)
                 for k in tl.static_range(STATES):
-                    new = tl.where(writes_state(kept, effect), states[k].to(STATE_DTYPE), old[k])
+                    new = stored(states[k], STATE_DTYPE, random, 1 + k)
+                    new = tl.where(writes_state(kept, effect), new, old[k])
                     store_tiles(state_ptrs[k] + at, new, live, TILES, VECTOR)
 
 
 @triton.jit
 def update_narrow(
-    start, stop, row, integers, reals, kind, effect, seed, grad_scale,
+    start, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
     NARROW: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
+    VALUES: tl.constexpr = rounded_values(STATES, STATE_DTYPE)
+    if rounding is not None:
+        random_key = rounding_key(rounding, seed)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
     window, block, key = mask_numbers(integers, seed)
     # from here on everything is counted from the chunk's part of the tensor, in 32 bits
@@ -208,24 +234,32 @@ def update_narrow(
         kept = narrow_kept(kind, offset, inside, index + base, packed, origin, window, key, KINDS, NARROW)
         if GAUSSIAN_BIT & KINDS:
             noise = narrow_noise(index + base, key, NARROW)
+        if rounding is not None:
+            drawn = narrow_words(index + base, random_key, VALUES, NARROW)
         for w in tl.static_range(4):
             factor = grad_factor
             if GAUSSIAN_BIT & KINDS:
                 factor = (1 + std * noise[w]) * grad_factor
+            random = ()
+            if rounding is not None:
+                random = narrow_random(drawn, w, VALUES)
             update_at(
                 p_ptr + offset, g_ptr + offset, state_ptrs, offset, 32 * w, inside[w], kept[w], reads_grad, effect,
-                factor, factors, RULE, STATES, dtype,
+                factor, factors, random, RULE, STATES, dtype,
             )  # fmt: skip
 
 
 @triton.jit
 def update_strided(
-    start, stop, row, integers, reals, kind, effect, seed, grad_scale,
+    start, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
     DIMS: tl.constexpr, WIDE: tl.constexpr, STRIDED: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
+    VALUES: tl.constexpr = rounded_values(STATES, STATE_DTYPE)
+    if rounding is not None:
+        random_key = rounding_key(rounding, seed)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
     window, block, key = mask_numbers(integers, seed)
     offset = tl.load(row + OFFSET)
@@ -247,16 +281,19 @@ def update_strided(
         factor = grad_factor
         if GAUSSIAN_BIT & KINDS:
             factor = (1 + std * strided_noise(index, key)) * grad_factor
+        random = ()
+        if rounding is not None:
+            random = strided_random(index, random_key, VALUES)
         update_at(
             p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, 0, inside, kept, reads_grad, effect,
-            factor, factors, RULE, STATES, dtype,
+            factor, factors, random, RULE, STATES, dtype,
         )  # fmt: skip
 
 
 @triton.jit
 def update_at(
     p_ptr, g_ptr, state_ptrs, offset, SHIFT: tl.constexpr, inside, kept, reads_grad, effect, grad_factor, factors,
-    RULE: tl.constexpr, STATES: tl.constexpr, dtype: tl.constexpr,
+    random, RULE: tl.constexpr, STATES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """An element for each pointer of ``p_ptr`` and ``g_ptr``, SHIFT elements on; the states' is at ``offset``."""
     live = inside & writes_state(kept, effect)
@@ -267,9 +304,11 @@ def update_at(
     for k in tl.static_range(STATES):
         states = states + (tl.load(state_ptrs[k] + offset + SHIFT, mask=live).to(dtype),)
     p, states = RULE(p, g * grad_factor, states, factors)
-    tl.store(p_ptr + SHIFT, p.to(p_ptr.dtype.element_ty), mask=inside & writes_param(kept, effect))
+    p = stored(p, p_ptr.dtype.element_ty, random, 0)
+    tl.store(p_ptr + SHIFT, p, mask=inside & writes_param(kept, effect))
     for k in tl.static_range(STATES):
-        tl.store(state_ptrs[k] + offset + SHIFT, states[k].to(state_ptrs[k].dtype.element_ty), mask=live)
+        new = stored(states[k], state_ptrs[k].dtype.element_ty, random, 1 + k)
+        tl.store(state_ptrs[k] + offset + SHIFT, new, mask=live)
 
 
 @triton.constexpr_function
