@@ -187,8 +187,9 @@ class MaskHandle:
                 bucket.pack(packed, self.seed)
                 steps = {g: group_step(groups[g], bucket.rule, *rows[g]) for g in bucket.by_group}
                 bucket.tables.fill(steps, [1.0] * len(bucket.members), bucket.absent)
-            for bucket in buckets:
-                bucket.backend.update(bucket.batch, bucket.rule, seed=self.seed)
+            launches = [b.backend.prepare(b.batch, b.rule, seed=self.seed) for b in buckets]
+            for bucket, launch in zip(buckets, launches, strict=True):
+                launch()
                 torch.autograd.graph.increment_version([g for g in bucket.batch.grads if g is not None])
             self._clock.draw = draw
         finally:

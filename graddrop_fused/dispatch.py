@@ -15,7 +15,7 @@ NAMES = ("triton", "cpu", "reference")
 
 @cache
 def load(name: str) -> ModuleType:
-    """The module of backend ``name``: update, pack and unavailable, as kernels/README.md says."""
+    """The module of backend ``name``: prepare, update, pack and unavailable, as kernels/README.md says."""
     if name == "triton":
         from . import triton_backend as module
     elif name == "cpu":

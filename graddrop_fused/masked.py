@@ -140,17 +140,39 @@ class MaskedOptimizer(Optimizer):
             prepare = self._prepare_on_devices if capturable else self._prepare_on_host
             commit = prepare(plan, found_inf)
             with UninterruptedByKeyboard():
-                self._launch(plan, grad_scale, found_inf)
-                commit()
+                self._launch(plan, commit, grad_scale, found_inf)
         finally:
             plan.release_gradients()
         return loss
 
-    def _launch(self, plan: Plan, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+    def _launch(
+        self,
+        plan: Plan,
+        commit: Callable[[], None],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Update what is in ``plan``, and ``commit`` the step.
+
+        All that may fail comes before the first launch, but for what the reference allocates between two tensors. A
+        step that is broken off there is one in which the rest had no gradients: it counts, unless it reached nothing.
+        """
+        for bucket in plan.buckets:
+            bucket.batch.done = 0
+        launches = []
         for bucket in plan.buckets:
             scale, inf = _to(grad_scale, bucket.device), _to(found_inf, bucket.device)
-            bucket.backend.update(bucket.batch, bucket.rule, seed=self.seed, grad_scale=scale, found_inf=inf)
-            bucket.commit()
+            launches.append(
+                bucket.backend.prepare(bucket.batch, bucket.rule, seed=self.seed, grad_scale=scale, found_inf=inf)
+            )
+        try:
+            for bucket, launch in zip(plan.buckets, launches, strict=True):
+                bucket.run(launch)
+        except BaseException:
+            if any(bucket.batch.done for bucket in plan.buckets):
+                commit()
+            raise
+        commit()
 
     def _capturable(self) -> bool:
         return bool(self.param_groups and self.param_groups[0]["capturable"])
@@ -258,9 +280,11 @@ class MaskedOptimizer(Optimizer):
             on_device=self._capturable(),
             bucket_class=UpdateBucket,
         )
-        for bucket in buckets:
-            dtype = state.dtype_of(bucket.params[0], self.state_dtype)
-            bucket.give_state(state.adopt(bucket.members, self.state, bucket.rule, dtype))
+        missing = [
+            state.missing(b.members, self.state, b.rule, state.dtype_of(b.params[0], self.state_dtype)) for b in buckets
+        ]
+        for bucket, entries in zip(buckets, missing, strict=True):
+            bucket.give_state(state.adopt(bucket.members, self.state, entries))
         stateless = sorted(set(range(len(params))).difference(wanted))
         layers = Layers.of(groups)
         numbers = HostNumbers(groups, layers)

@@ -183,11 +183,14 @@ class ReleasedGradients:
             optimizer._fill_on_host(plan, coming)
             with UninterruptedByKeyboard():
                 self._coming = coming
-                optimizer._launch(plan)
-                self.updated |= with_gradient | switched_off
-                for param in params:
-                    if id(param) in with_gradient:
-                        param.grad = None
+                try:
+                    optimizer._launch(plan, commit=lambda: None)
+                finally:
+                    done = plan.updated() & (with_gradient | switched_off)
+                    self.updated |= done
+                    for param in params:
+                        if id(param) in with_gradient & done:
+                            param.grad = None
         finally:
             plan.release_gradients()
 
