@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .draw import (
+    block_origin,
     kept_at,
     mask_numbers,
     narrow_kept,
@@ -138,10 +139,11 @@ def update_wide(
         state_ptrs = state_ptrs + (aligned(row + STATE + k, STATE_DTYPE),)
     packed = aligned(row + PACKED_WORDS, tl.int32)
     reads_grad = has_grad(row, kind, effect)
+    origin = block_origin((offset + start) // TILE, tl.maximum(block // TILE, 1))
 
     for first in range(start, stop, TILES * TILE):
         first = tl.multiple_of(first, TILE)
-        whole = whole_tiles_kept(kind, offset + first, block, window, key, KINDS, TILES)
+        whole = whole_tiles_kept(kind, (first - start) // TILE, origin, window, key, KINDS, TILES)
         bits = wide_kept(kind, whole, offset + first, packed + first // 32, window, key, KINDS, TILES, VECTOR)
         whole = whole[:, :, None]
         live, any_live = tl.full([TILES, 1, 1], True, tl.int1), True
@@ -193,6 +195,7 @@ def update_narrow(
     packed = pointer(row + PACKED_WORDS, tl.int32) + start // 32
     reads_grad = has_grad(row, kind, effect)
     into_tile = (index % TILE).to(tl.int32)
+    origin = block_origin(index, block)
 
     for base in range(-into_tile, count, NARROW * TILE):
         offset = base + tl.arange(0, NARROW)[:, None] * TILE + tl.arange(0, 32)[None, :]
@@ -202,7 +205,7 @@ def update_narrow(
             in_range(offset + 64, count),
             in_range(offset + 96, count),
         )
-        kept = narrow_kept(kind, offset, inside, index + base, index, packed, block, window, key, KINDS, NARROW)
+        kept = narrow_kept(kind, offset, inside, index + base, packed, origin, window, key, KINDS, NARROW)
         if GAUSSIAN_BIT & KINDS:
             noise = narrow_noise(index + base, key, NARROW)
         for w in tl.static_range(4):
@@ -325,9 +328,10 @@ def pack_kernel(
         fast &= (kind != BLOCK) | (block % TILE == 0)
     middle = start + tl.where(fast, (stop - start) // (TILES * TILE) * (TILES * TILE), 0)
     packed = aligned(row + PACKED_WORDS, tl.int32)
+    origin = block_origin((offset + start) // TILE, tl.maximum(block // TILE, 1))
     for first in range(start, middle, TILES * TILE):
         first = tl.multiple_of(first, TILE)
-        whole = whole_tiles_kept(kind, offset + first, block, window, key, KINDS, TILES)
+        whole = whole_tiles_kept(kind, (first - start) // TILE, origin, window, key, KINDS, TILES)
         words = tiles_words(kind, whole, offset + first, window, key, KINDS, TILES)
         at = first // 32 + tl.arange(0, TILES)[:, None] * 4 + tl.arange(0, 4)[None, :]
         tl.store(packed + at, words)
