@@ -12,6 +12,7 @@ from .buckets import Bucket, Facts, make_buckets
 from .checks import check_choice
 from .clock import ENTRIES, Clock
 from .cuda_graph import capturing
+from .fakes import check_no_fake_mode
 from .groups import Group, Layers, members, policy_of
 from .masked import MaskedOptimizer
 from .numbers import HostNumbers
@@ -178,6 +179,7 @@ class MaskHandle:
 
     @torch.no_grad()
     def _mask(self, draw: int) -> None:
+        check_no_fake_mode()
         groups = self.groups
         numbers = HostNumbers(groups, Layers.of(groups))
         _, rows, packed = numbers.of_step(self._clock, draw)

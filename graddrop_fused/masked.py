@@ -17,6 +17,7 @@ from . import checkpoint, dispatch, preview, state, validate
 from .buckets import Plan, UpdateBucket, make_buckets
 from .clock import Clock
 from .cuda_graph import check_not_capturing
+from .fakes import check_no_fake_mode, is_fake
 from .groups import Layers, members, policy_of
 from .numbers import DeviceNumbers, HostNumbers, StepNumbers
 from .policies import Policy
@@ -135,6 +136,9 @@ class MaskedOptimizer(Optimizer):
                 if found_inf.item():
                     return loss
                 found_inf = None
+        if self._plan is None and self._all_fake():
+            self._step_on_fakes()
+            return loss
         plan = self._fitting_plan()
         try:
             prepare = self._prepare_on_devices if capturable else self._prepare_on_host
@@ -177,6 +181,20 @@ class MaskedOptimizer(Optimizer):
     def _capturable(self) -> bool:
         return bool(self.param_groups and self.param_groups[0]["capturable"])
 
+    def _all_fake(self) -> bool:
+        params = [p for group in self.param_groups for p in group["params"]]
+        return bool(params) and all(map(is_fake, params))
+
+    def _step_on_fakes(self) -> None:
+        """Under FakeTensorMode a step makes its state, for those who count memory: kernels allocate nothing else."""
+        for member in members(self.param_groups):
+            if member.param.grad is not None:
+                validate.gradient(member, member.param.grad)
+                rule, entry = self.rule_class.of(self.param_groups[member.group]), self.state[member.param]
+                entry.update(state.complete(entry, member.param, rule, state.dtype_of(member.param, self.state_dtype)))
+                entry["step"] += 1
+        self._clock.draw = self.param_groups[0]["draw"] = self._clock.next_draw()
+
     def _prepare_on_host(self, plan: Plan, found_inf: None) -> Callable[[], None]:
         """Make every bucket ready for the coming step; returns what counts it."""
         coming = plan.numbers.of_step(self._clock, self._clock.next_draw())
@@ -218,6 +236,7 @@ class MaskedOptimizer(Optimizer):
 
     def _fitting_plan(self) -> Plan:
         """A plan whose buckets have taken the gradients of now: the last one, unless it no longer fits."""
+        check_no_fake_mode()
         self._check_shown_clock()
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from . import validate
 from .buckets import Plan
 from .cuda_graph import check_not_capturing
+from .fakes import check_no_fake_mode
 from .groups import Layers, members
 from .masked import MaskedOptimizer, UninterruptedByKeyboard
 from .numbers import HostNumbers, StepNumbers
@@ -154,6 +155,7 @@ class ReleasedGradients:
 
     def _begin(self) -> dict[int, _Part]:
         optimizer = self._optimizer
+        check_no_fake_mode()
         optimizer._check_shown_clock()
         _check_not_capturable(optimizer)
         check_not_capturing()
