@@ -336,9 +336,8 @@ class MaskedOptimizer(Optimizer):
     def _check_shown_clock(self) -> None:
         if not self.param_groups:
             return
+        # under capturable both have the draw that was last read from the device
         shown, clock = self.param_groups[0], self._clock.state()
-        if self._device_numbers:
-            del clock["draw"]  # known to the device alone
         if all([shown.get(name) == value for name, value in clock.items()]):
             return
         for name, value in clock.items():

@@ -357,6 +357,30 @@ def test_groups_show_live_values_and_refuse_others():
     assert optimizer.draw == 6
 
 
+@pytest.mark.parametrize("read_before", [True, False])
+@pytest.mark.parametrize("name", ["draw", "seed", "epoch", "steps_per_epoch"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_clock_in_a_group_is_not_to_be_set_under_capturable(backend, name, read_before):
+    """Where the device counts alone, too; the steps go on as if nobody had tried."""
+    params, optimizer = made(backend, drop=GradDrop(0.5), capturable=True)
+    truth, expected = made(backend, drop=GradDrop(0.5), capturable=True)
+    for o in (optimizer, expected):
+        o.step()
+        o.step()
+    if read_before:
+        assert optimizer.draw == 2
+    before = everything(params, optimizer) if read_before else None
+    optimizer.param_groups[0][name] = 99
+    with pytest.raises(ValueError, match=f"{name} in a param group must stay .*, got 99"):
+        optimizer.step()
+    if before is not None:
+        assert_unchanged(before, params, optimizer)
+    for o in (optimizer, expected):
+        o.step()
+    assert optimizer.draw == expected.draw == 3
+    assert all(torch.equal(params[n], truth[n]) for n in params)
+
+
 @pytest.mark.parametrize(
     "group, message",
     [
