@@ -147,6 +147,7 @@ def compile_variant(variant: Variant, target: str):
         rule: Rule = RULES[variant.rule]
         given |= triton_backend.rule_constants(rule) | triton_backend.dtype_constants(DTYPES[variant.dtypes])
         given |= {"grad_scale": None, "found_inf": None, "EFFECTS": EFFECTS[variant.effect]}
+        given["OWN"] = rule.counts and (variant.mask, variant.effect) == ("block", "freeze")
     types = {"chunks": "*i64", "layout": "*i64", "integers": "*i64", "reals": "*fp64", "seed": "u64"}
     return triton.compile(
         ASTSource(

@@ -167,7 +167,7 @@ class MaskedOptimizer(Optimizer):
             if coming.packed:
                 bucket.pack(coming.packed, self.seed)
             bucket.prepare_on_host(
-                {g: group_step(groups[g], bucket.rule, *coming.rows[g], effects[g]) for g in bucket.by_group}
+                {g: group_step(groups[g], bucket.rule, *coming.rows[g], effects[g]) for g in bucket.by_group}, self.seed
             )
 
     def _count(self, coming: StepNumbers) -> None:
@@ -182,7 +182,7 @@ class MaskedOptimizer(Optimizer):
         for bucket in plan.buckets:
             pairs = self._device_numbers[bucket.device].pairs
             bucket.batch.pairs = frozenset().union(*(pairs[group] for group in bucket.by_group))
-            bucket.prepare_on_device(groups, now[bucket.device], _to(found_inf, bucket.device))
+            bucket.prepare_on_device(groups, now[bucket.device], _to(found_inf, bucket.device), self.seed)
 
         def commit():
             for numbers in self._device_numbers.values():
@@ -260,7 +260,8 @@ class MaskedOptimizer(Optimizer):
         )
         for bucket in buckets:
             dtype = state.dtype_of(bucket.params[0], self.state_dtype)
-            bucket.give_state(state.adopt(bucket.members, self.state, bucket.rule, dtype))
+            blocks = [kind.blocks for kind in bucket.kinds]
+            bucket.give_state(state.adopt(bucket.members, self.state, bucket.rule, dtype, blocks))
         stateless = sorted(set(range(len(params))).difference(wanted))
         layers = Layers.of(groups)
         numbers = HostNumbers(groups, layers)

@@ -104,15 +104,15 @@ def block_kept(number, window, key):
 
 
 @triton.jit
-def block_at(offset, first, block, window, key):
-    """Decisions of the blocks at ``first + offset``: ``first`` one global index, ``offset`` (int32) up to a chunk's.
+def block_number(offset, first, block):
+    """Of the blocks at ``first + offset``: ``first`` one global index, ``offset`` (int32) up to a chunk's.
 
     Divides in 32 bits: how far from the end of the first element's block, in blocks.
     """
     number = first // block
     beyond = offset - tl.minimum((number + 1) * block - first, FAR).to(tl.int32)
     further = 1 + beyond.to(tl.uint32) // tl.minimum(block, FAR).to(tl.uint32)
-    return block_kept(number + tl.where(beyond < 0, 0, further), window, key)
+    return number + tl.where(beyond < 0, 0, further)
 
 
 # Wide
@@ -127,7 +127,8 @@ def whole_tiles_kept(kind, first, block, window, key, KINDS: tl.constexpr, TILES
     kept = tl.zeros([TILES, 1], tl.int32) + kind.to(tl.int32) != DROP
     if BLOCK_BIT & KINDS:
         if kind == BLOCK:
-            kept = block_at(tl.arange(0, TILES)[:, None], first // TILE, block // TILE, window, key)
+            number = block_number(tl.arange(0, TILES)[:, None], first // TILE, block // TILE)
+            kept = block_kept(number, window, key)
     return kept
 
 
@@ -235,7 +236,8 @@ def narrow_kept(
         if kind == BLOCK:
             bits = tl.zeros([TILES, 32], tl.int32)
             for w in range(4):  # one after another, for registers
-                bits |= block_at(offset + 32 * w, index, block, window, key).to(tl.int32) << w
+                number = block_number(offset + 32 * w, index, block)
+                bits |= block_kept(number, window, key).to(tl.int32) << w
             k0, k1, k2, k3 = bits & 1 != 0, bits & 2 != 0, bits & 4 != 0, bits & 8 != 0
     if PACKED_BIT & KINDS:
         if kind == PACKED:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .draw import (
+    block_number,
     kept_at,
     mask_numbers,
     narrow_kept,
@@ -29,6 +30,7 @@ from .memory import aligned, chunk_at, dimensions, is_linear, load_tiles, locate
 from .tables import (
     BLOCK,
     BLOCK_BIT,
+    BLOCK_FACTORS,
     BLOCK_SIZE,
     DROP,
     EFFECT,
@@ -40,6 +42,7 @@ from .tables import (
     GRAD_FACTOR,
     INTEGERS,
     MASK_KIND,
+    MAX_FACTORS,
     NOISE_STD,
     OFFSET,
     PACKED_WORDS,
@@ -54,7 +57,7 @@ from .tables import (
 @triton.jit(do_not_specialize=["seed"])
 def update_kernel(
     chunks,  # (programs, 2), int64: tensor, first element
-    layout,  # (tensors, 45), int64: device_rows.DeviceRow
+    layout,  # (tensors, 46), int64: device_rows.DeviceRow
     integers,  # (tensors, 7), int64: contract.Integer
     reals,  # (tensors, 8), float64: contract.Real
     seed: tl.uint64,
@@ -68,6 +71,7 @@ def update_kernel(
     STATE_DTYPE: tl.constexpr,
     KINDS: tl.constexpr,  # bit k: Mask k may occur; this and the next but for tensors that are left alone
     EFFECTS: tl.constexpr,  # bit k: Effect k may occur
+    OWN: tl.constexpr,  # blocks may have factors of their own
     DIMS: tl.constexpr,  # most dimensions of a tensor that is not linear; 0: all are
     WIDE: tl.constexpr,  # such a tensor reaches beyond 32 bits
     TILES: tl.constexpr,  # of a wide pass
@@ -95,7 +99,7 @@ def update_kernel(
         if not is_linear(row):
             update_strided(
                 start, stop, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
-                PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, DIMS, WIDE, STRIDED,
+                PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, OWN, DIMS, WIDE, STRIDED,
             )  # fmt: skip
             return
     pointers = tl.load(row + PARAM) | tl.load(row + GRAD) | tl.load(row + PACKED_WORDS)
@@ -109,12 +113,12 @@ def update_kernel(
     # the tail first: it needs fewer registers, and nothing of it stays in them during the wide passes
     update_narrow(
         middle, stop, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
-        PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, NARROW,
+        PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, OWN, NARROW,
     )  # fmt: skip
     if start < middle:
         update_wide(
             start, middle, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
-            PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, TILES, VECTOR,
+            PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, OWN, TILES, VECTOR,
         )  # fmt: skip
 
 
@@ -126,7 +130,7 @@ def update_wide(
     start, stop, row, integers, reals, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
-    TILES: tl.constexpr, VECTOR: tl.constexpr,
+    OWN: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
@@ -153,6 +157,10 @@ def update_wide(
             grad_live = tl.where(reads_grad, takes_grad(whole, effect), False)
             if GAUSSIAN_BIT & KINDS:
                 noise = wide_noise(offset + first, key, TILES, VECTOR)
+            mine = factors
+            if OWN:
+                number = block_number(tl.arange(0, TILES)[:, None, None], (offset + first) // TILE, block // TILE)
+                mine = block_factors(row, kind, effect, number, block, live, factors, FACTORS, dtype)
             for w in tl.static_range(4):
                 at = first + w * 32
                 kept = kept_at(bits, w, VECTOR)
@@ -165,7 +173,7 @@ def update_wide(
                 if GAUSSIAN_BIT & KINDS:
                     g = g * (1 + std * noise[w])
                 g = tl.where(takes_grad(kept, effect), g * grad_factor, 0.0)
-                p, states = RULE(p_raw.to(dtype), g, states, factors)
+                p, states = RULE(p_raw.to(dtype), g, states, mine)
                 # a select of the raw values: a frozen element keeps its bits, and the store its full width
                 p = tl.where(writes_param(kept, effect), p.to(PARAM_DTYPE), p_raw)
                 store_tiles(p_ptr + at, p, live, TILES, VECTOR)
@@ -179,7 +187,7 @@ def update_narrow(
     start, stop, row, integers, reals, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
-    NARROW: tl.constexpr,
+    OWN: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
@@ -209,9 +217,13 @@ def update_narrow(
             factor = grad_factor
             if GAUSSIAN_BIT & KINDS:
                 factor = (1 + std * noise[w]) * grad_factor
+            mine = factors
+            if OWN:
+                number = block_number(offset + 32 * w, index, block)
+                mine = block_factors(row, kind, effect, number, block, inside[w] & kept[w], factors, FACTORS, dtype)
             update_at(
                 p_ptr + offset, g_ptr + offset, state_ptrs, offset, 32 * w, inside[w], kept[w], reads_grad, effect,
-                factor, factors, RULE, STATES, dtype,
+                factor, mine, RULE, STATES, dtype,
             )  # fmt: skip
 
 
@@ -220,7 +232,7 @@ def update_strided(
     start, stop, row, integers, reals, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
-    DIMS: tl.constexpr, WIDE: tl.constexpr, STRIDED: tl.constexpr,
+    OWN: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr, STRIDED: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
@@ -244,9 +256,12 @@ def update_strided(
         factor = grad_factor
         if GAUSSIAN_BIT & KINDS:
             factor = (1 + std * strided_noise(index, key)) * grad_factor
+        mine = factors
+        if OWN:
+            mine = block_factors(row, kind, effect, index // block, block, inside & kept, factors, FACTORS, dtype)
         update_at(
             p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, 0, inside, kept, reads_grad, effect,
-            factor, factors, RULE, STATES, dtype,
+            factor, mine, RULE, STATES, dtype,
         )  # fmt: skip
 
 
@@ -285,6 +300,18 @@ def numbers(reals, kind, effect, grad_scale, FACTORS: tl.constexpr, dtype: tl.co
         grad_factor = grad_factor / tl.load(grad_scale).to(tl.float64)
     std = tl.where((kind == GAUSSIAN) & (effect != UPDATE), tl.load(reals + NOISE_STD), 0.0)
     return factors, grad_factor.to(dtype), std.to(dtype)
+
+
+@triton.jit
+def block_factors(row, kind, effect, number, block, live, factors, FACTORS: tl.constexpr, dtype: tl.constexpr):
+    """The rule's factors for elements of the blocks ``number``: of each block's own, or ``factors`` where it has none."""
+    table = pointer(row + BLOCK_FACTORS, dtype)
+    own = (tl.load(row + BLOCK_FACTORS) != 0) & (kind == BLOCK) & (effect == FREEZE)
+    at = (number - tl.load(row + OFFSET) // block) * MAX_FACTORS
+    found = ()
+    for k in tl.static_range(FACTORS):
+        found = found + (tl.load(table + at + k, mask=tl.where(own, live, False), other=factors[k]),)
+    return found
 
 
 @triton.jit
