@@ -75,17 +75,20 @@ class BlockSteps:
         self, blocks: Sequence[int], block_sizes: Sequence[int], groups: Sequence[int], device: torch.device
     ) -> None:
         """The factors of the blocks that this rank has a part of, in the order of ``counts``."""
+        room = [len(words) * _WORD for words in self.draws.packed]
         here = [_here(self.batch.shards[i], size) for i, size in zip(self.tensors, block_sizes, strict=True)]
-        starts = [0]
-        for words in self.draws.packed:
-            starts.append(starts[-1] + len(words) * _WORD)
-        places = [torch.arange(s + h.start, s + h.stop, device="cpu") for s, h in zip(starts, here, strict=False)]
-        lengths = [len(h) for h in here]
-        # of each of the table's rows: where its count stands, and which group's numbers it follows
-        self.places = to_device(torch.cat(places), device)
+        lengths = room
+        # where the count of each of the table's rows stands; None: at the row's own place
+        self.places = None
+        if [len(h) for h in here] != list(blocks):
+            lengths = [len(h) for h in here]
+            starts = [sum(room[:k]) for k in range(len(room))]
+            places = [torch.arange(s + h.start, s + h.stop, device="cpu") for s, h in zip(starts, here, strict=True)]
+            self.places = to_device(torch.cat(places), device)
+        # which group's numbers each row follows
         self.group_of = to_device(torch.repeat_interleave(torch.tensor(groups), torch.tensor(lengths)), device)
         dtype = torch.float64 if self.batch.params[self.tensors[0]].dtype == torch.float64 else torch.float32
-        self.table = torch.zeros(len(self.places), MAX_FACTORS, dtype=dtype, device=device)
+        self.table = torch.zeros(sum(lengths), MAX_FACTORS, dtype=dtype, device=device)
         self.batch.block_factors = [None] * len(self.batch.params)
         for i, part in zip(self.tensors, self.table.split(lengths), strict=True):
             self.batch.block_factors[i] = part
@@ -117,19 +120,18 @@ class BlockSteps:
         self._fill_table(numbers, kept)
 
     def _fill_table(self, numbers: Tensor, kept: Tensor) -> None:
-        if self.table.device.type == "cpu":
-            rows = kept[self.places].nonzero().squeeze(1)
-            places, group_of = self.places[rows], self.group_of[rows]
-        else:  # how many are kept only the device knows
-            rows, places, group_of = None, self.places, self.group_of
-        t = self.coming[places].double().clamp_min(1.0)
-        lr, *rest = numbers.t()[:, group_of].unbind()
-        for k, factor in enumerate(self.rule.factors(lr, rest, 1.0, t)):
-            values = torch.as_tensor(factor, dtype=self.table.dtype)
-            if rows is None:
-                self.table[:, k] = values
-            else:
-                self.table[:, k].index_copy_(0, rows, values.expand(len(rows)))
+        t, group_of, rows = self.coming, self.group_of, None
+        if self.places is not None:
+            t, kept = t.index_select(0, self.places), kept.index_select(0, self.places)
+        if self.table.device.type == "cpu":  # elsewhere only the device knows how many are kept
+            rows = kept.nonzero().squeeze(1)
+            t, group_of = t.index_select(0, rows), group_of.index_select(0, rows)
+        t = t.double().clamp_min(1.0)
+        lr, *rest = numbers.t().index_select(1, group_of).unbind()
+        factors = torch.stack([factor.expand_as(t) for factor in self.rule.factors(lr, rest, 1.0, t)], 1)
+        factors = factors.to(self.table.dtype)
+        here = self.table[:, : factors.shape[1]]
+        here.copy_(factors) if rows is None else here.index_copy_(0, rows, factors)
 
     def commit(self) -> None:
         """The step is done: count it."""
