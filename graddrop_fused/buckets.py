@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import mask_stream, reference, validate
 from .block_steps import BlockSteps
-from .contract import Batch, Effect, Integer, Mask, Real, Shard
+from .contract import Batch, Effect, Integer, Mask, Real, Rounding, Shard
 from .cuda_graph import to_device
 from .groups import Layers, Member, block_of, blocks_of, is_layerwise, own_rescale_of, static_mask
 from .numbers import HostNumbers
@@ -276,8 +276,14 @@ class UpdateBucket(Bucket):
             same = same and self.block_steps.stand(self.counting)
         return same and self.facts.hold(self._locals())
 
-    def prepare_on_host(self, steps: Mapping[int, GroupStep], seed: int) -> None:
-        """Fill in the tables for the coming step, which counts once :meth:`commit` is called."""
+    def round_stochastically(self) -> None:
+        """From now on, bfloat16 is rounded by the parameters' own random numbers of a step."""
+        table = torch.zeros(len(self.members), len(Rounding), dtype=torch.int64, device=HOST)
+        table[:, Rounding.STREAM_ID] = torch.tensor([m.stream_id for m in self.members], dtype=torch.int64, device=HOST)
+        self.batch.rounding = table.to(self.batch.integers.device)
+
+    def prepare_on_host(self, steps: Mapping[int, GroupStep], draw: int, seed: int) -> None:
+        """Fill in the tables for the coming step, number ``draw``, which counts once :meth:`commit` is called."""
         t, out = self.steps.tolist(), set(self.absent)
         for group, tensors in self.by_group.items():
             if steps[group].frozen:
@@ -289,6 +295,7 @@ class UpdateBucket(Bucket):
         else:
             t, self.counted = [count + 1.0 for count in t], _ONE
         self.tables.fill(steps, t, self.absent)
+        self._fill_draw(draw)
         if self.block_steps is not None:
             columns = 1 + len(next(iter(steps.values())).numbers)
             numbers = torch.zeros(max(steps) + 1, columns, dtype=torch.float64, device=HOST)
@@ -296,7 +303,7 @@ class UpdateBucket(Bucket):
                 numbers[group] = torch.tensor([step.lr, *step.numbers], dtype=torch.float64, device=HOST)
             self.block_steps.prepare(to_device(numbers, self.device), seed)
 
-    def prepare_on_device(self, groups, numbers, found_inf: Tensor | None, seed: int) -> None:
+    def prepare_on_device(self, groups, numbers, draw: Tensor, found_inf: Tensor | None, seed: int) -> None:
         """The same from a device's numbers."""
         counted = torch.where(self.tables.frozen(numbers, groups), 0.0, torch.ones_like(self.steps))
         for run in runs(self.absent):
@@ -305,8 +312,13 @@ class UpdateBucket(Bucket):
             counted = counted * (found_inf == 0).to(counted).reshape(())
         self.counted = counted
         self.tables.fill(groups, numbers, (self.steps + counted).double(), self.absent)
+        self._fill_draw(draw)
         if self.block_steps is not None:
             self.block_steps.prepare(self.tables.rule_numbers(groups), seed, found_inf)
+
+    def _fill_draw(self, draw: int | Tensor) -> None:
+        if self.batch.rounding is not None:
+            self.batch.rounding[:, Rounding.DRAW] = draw
 
     def commit(self) -> None:
         """The step is done: count it."""

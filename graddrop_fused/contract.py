@@ -13,7 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-CONTRACT_VERSION = 3  # a changed column, enum or meaning is a new version; compiled backends are checked against it
+CONTRACT_VERSION = 4  # a changed column, enum or meaning is a new version; compiled backends are checked against it
 MAX_DIMS = 6  # after collapsing; a dense tensor needs one dimension, a permuted one as many as it has
 MAX_STATES = 3  # tensors of state that an update rule may keep per parameter
 MAX_FACTORS = 6  # numbers that an update rule may take per tensor
@@ -61,6 +61,13 @@ class Real(IntEnum):
     @classmethod
     def columns(cls) -> int:
         return cls.FACTOR + MAX_FACTORS
+
+
+class Rounding(IntEnum):
+    """Columns of Batch.rounding: int64, shape (tensors, 2). Whose random numbers round a tensor's bfloat16 values."""
+
+    DRAW = 0  # Philox counter word 2: the step
+    STREAM_ID = 1  # the parameter's, also where Integer.STREAM_ID is a layer's
 
 
 class Layout(IntEnum):
@@ -126,8 +133,8 @@ class Batch:
     masked gradient itself, ``params`` is the list ``grads``.
 
     ``block_factors[i]`` (blocks, MAX_FACTORS), in the arithmetic's dtype, stands in for the rule's factors in ``reals``
-    where tensor i has Mask.BLOCK and Effect.FREEZE: its row b is that of block ``shards[i].offset // Integer.BLOCK + b``
-    of the whole parameter, and up to date where the block is kept.
+    where tensor i has Mask.BLOCK and Effect.FREEZE. Its row b is that of the whole parameter's block
+    ``shards[i].offset // Integer.BLOCK + b``, and up to date where that is kept.
 
     A backend keeps what it derives from the tensors in
     ``cache``; whoever replaces any tensor but a gradient makes a new Batch.
@@ -142,4 +149,7 @@ class Batch:
     packed: list[Tensor | None] = field(default_factory=list)  # int32 words; None: not needed
     block_factors: list[Tensor | None] = field(default_factory=list)  # None, or an empty list: those in `reals`
     pairs: frozenset[tuple[Mask, Effect]] | None = None  # that may occur; None: those in `integers` (on the host)
+    rounding: Tensor | None = (
+        None  # (tensors, 2), int64, where `integers` is: bfloat16 stochastically; None: to nearest
+    )
     cache: dict = field(default_factory=dict)

@@ -54,7 +54,8 @@ def update(
     ops, level = _op(level)
     number = _rule_number(rule.name, len(batch.states))
     layout, dtypes = _tables(batch)
-    ops.update(layout, batch.integers, batch.reals, number, dtypes, _signed(seed), inv_grad_scale, level)
+    tables = layout, batch.integers, batch.reals, batch.rounding
+    ops.update(*tables, number, dtypes, _signed(seed), inv_grad_scale, level)
 
 
 def pack(batch: Batch, *, seed: int, level: int | None = None) -> None:

@@ -17,7 +17,7 @@ from . import checkpoint, dispatch, preview, state, validate
 from .buckets import Plan, UpdateBucket, make_buckets
 from .clock import Clock
 from .cuda_graph import check_not_capturing
-from .groups import Layers, members, policy_of
+from .groups import Layers, members, policy_of, rounds_stochastically
 from .numbers import DeviceNumbers, HostNumbers, StepNumbers
 from .policies import Policy
 from .rules import Rule
@@ -43,6 +43,7 @@ class MaskedOptimizer(Optimizer):
         steps_per_epoch: int | None,
         effect: str | None,
         state_dtype: torch.dtype | None,
+        rounding: str,
         backend: str,
     ):
         dispatch.check_name(backend)
@@ -55,6 +56,7 @@ class MaskedOptimizer(Optimizer):
         self._inside_backward: InsideBackward | None = None
         self._switched_off: set[int] = set()  # id(param): its missing gradient is zero (skip_dropped_layers)
         defaults = {**hyperparameters, "capturable": capturable, "drop": drop, "effect": effect}
+        defaults["rounding"] = rounding
         validate.group_options(defaults, self.rule_class)
         super().__init__(params, defaults)
         validate.all_groups(self.param_groups)
@@ -167,7 +169,9 @@ class MaskedOptimizer(Optimizer):
             if coming.packed:
                 bucket.pack(coming.packed, self.seed)
             bucket.prepare_on_host(
-                {g: group_step(groups[g], bucket.rule, *coming.rows[g], effects[g]) for g in bucket.by_group}, self.seed
+                {g: group_step(groups[g], bucket.rule, *coming.rows[g], effects[g]) for g in bucket.by_group},
+                coming.draw,
+                self.seed,
             )
 
     def _count(self, coming: StepNumbers) -> None:
@@ -180,9 +184,10 @@ class MaskedOptimizer(Optimizer):
             self._device_numbers[device] = DeviceNumbers(groups, plan.layers, self._clock, device)
         now = {d: numbers.advance(_to(found_inf, d)) for d, numbers in self._device_numbers.items()}
         for bucket in plan.buckets:
-            pairs = self._device_numbers[bucket.device].pairs
-            bucket.batch.pairs = frozenset().union(*(pairs[group] for group in bucket.by_group))
-            bucket.prepare_on_device(groups, now[bucket.device], _to(found_inf, bucket.device), self.seed)
+            numbers = self._device_numbers[bucket.device]
+            bucket.batch.pairs = frozenset().union(*(numbers.pairs[group] for group in bucket.by_group))
+            inf = _to(found_inf, bucket.device)
+            bucket.prepare_on_device(groups, now[bucket.device], numbers.next_draw, inf, self.seed)
 
         def commit():
             for numbers in self._device_numbers.values():
@@ -224,7 +229,8 @@ class MaskedOptimizer(Optimizer):
 
     def _plan_key(self) -> tuple:
         return tuple(
-            (g["drop"], g["effect"], g.get("layer"), g["capturable"], self.rule_class.of(g)) for g in self.param_groups
+            (g["drop"], g["effect"], g.get("rounding"), g.get("layer"), g["capturable"], self.rule_class.of(g))
+            for g in self.param_groups
         )
 
     def _make_plan(self, key, params, grads, state_of_params, switched_off) -> Plan:
@@ -252,7 +258,7 @@ class MaskedOptimizer(Optimizer):
             lambda i: (
                 rules[every[i].group],
                 params[i].dtype if grads[i] is None else grads[i].dtype,
-                state.dtype_of(params[i], self.state_dtype),
+                (state.dtype_of(params[i], self.state_dtype), rounds_stochastically(groups[every[i].group])),
             ),
             lambda p: dispatch.choose_for(self.backend, p),
             on_device=self._capturable(),
@@ -262,6 +268,8 @@ class MaskedOptimizer(Optimizer):
             dtype = state.dtype_of(bucket.params[0], self.state_dtype)
             blocks = [kind.blocks for kind in bucket.kinds]
             bucket.give_state(state.adopt(bucket.members, self.state, bucket.rule, dtype, blocks))
+            if rounds_stochastically(groups[bucket.members[0].group]):
+                bucket.round_stochastically()
         stateless = sorted(set(range(len(params))).difference(wanted))
         layers = Layers.of(groups)
         numbers = HostNumbers(groups, layers)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import mask_stream
-from .contract import Batch, Effect, Integer, Mask, Real
+from .contract import Batch, Effect, Integer, Mask, Real, Rounding
+from .mask_stream import Purpose
 from .rules import Rule
 
 _CHUNK = 1 << 22  # elements whose random numbers are held at once
@@ -48,8 +49,10 @@ def _update(batch: Batch, rule: Rule, i: int, seed: int, inv_grad_scale: float) 
 
     new_p, new_states = rule.update(p, g, [state.to(dtype) for state in states], factors)
 
+    new_p = _rounded(batch, i, seed, new_p, param.dtype, Purpose.ROUND_PARAM)
     _assign(param, new_p, True if effect == Effect.GRADIENT else kept)
-    for state, new_state in zip(states, new_states, strict=True):
+    for k, (state, new_state) in enumerate(zip(states, new_states, strict=True)):
+        new_state = _rounded(batch, i, seed, new_state, state.dtype, Purpose(Purpose.ROUND_STATE_0 + k))
         _assign(state, new_state, kept if effect == Effect.FREEZE else True)
 
 
@@ -104,6 +107,16 @@ def _noise(batch: Batch, i: int, seed: int, dtype: torch.dtype) -> Tensor | floa
     return _by_chunks(
         batch, i, dtype, lambda e: 1.0 + std * mask_stream.gaussian(e, seed=seed, draw=draw, stream_id=stream_id)
     )
+
+
+def _rounded(batch: Batch, i: int, seed: int, value: Tensor, dtype: torch.dtype, purpose: Purpose) -> Tensor:
+    """``value`` in ``dtype``: to nearest, or bfloat16 by the mask stream's own numbers."""
+    if batch.rounding is None or dtype != torch.bfloat16:
+        return value.to(dtype)
+    draw, stream_id = (int(batch.rounding[i, column]) for column in Rounding)
+    at = {"seed": seed, "draw": draw, "stream_id": stream_id, "purpose": purpose}
+    random = _by_chunks(batch, i, torch.int32, lambda e: mask_stream.element_random(e, **at))
+    return mask_stream.round_stochastically(value, random)
 
 
 def _by_chunks(batch: Batch, i: int, dtype: torch.dtype, values) -> Tensor:

@@ -75,7 +75,9 @@ def check_block_steps(what: str, counts: Any, param: Tensor) -> None:
     if is_dtensor(counts) or (counts.is_meta and not param.is_meta):
         raise ValueError(f"{what} must be a plain tensor with elements, got {type(counts).__name__} on {counts.device}")
     if counts.numel() and not counts.is_meta and not 0 <= int(counts.min()) <= int(counts.max()) < 2**31:
-        raise ValueError(f"{what} must be of at least 0 and below 2**31, got {int(counts.min())} to {int(counts.max())}")
+        raise ValueError(
+            f"{what} must be of at least 0 and below 2**31, got {int(counts.min())} to {int(counts.max())}"
+        )
 
 
 def complete(entry: Mapping[str, Any], param: Tensor, rule: Rule, dtype: torch.dtype, blocks: int = 0) -> Entry:

@@ -279,7 +279,9 @@ def backward(model, step):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the host, whatever the backend")
-@pytest.mark.parametrize("helpers", [(skip_dropped_rows,), (release_gradients,), (skip_dropped_rows, release_gradients)])
+@pytest.mark.parametrize(
+    "helpers", [(skip_dropped_rows,), (release_gradients,), (skip_dropped_rows, release_gradients)]
+)
 def test_with_rows_skipped_and_gradients_released(helpers):
     """Against torch's optimizer on rows, whose gradients are computed in full."""
     drop = GradDrop(0.6, block="row", rescale=False)

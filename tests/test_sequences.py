@@ -388,6 +388,16 @@ def test_fixed_sequences():
     run(*((6, 20) if INTERPRETED else (40, 25)), derandomize=True)
 
 
+@pytest.mark.parametrize("which", range(6))
+def test_a_checkpoint_after_a_parameter_moved(which):
+    """An empty parameter among them, whose strides may be anything."""
+    sequence = Sequences()
+    sequence.begin(Start("lion", options={"drop": None, "capturable": True}))
+    sequence.step(("normal",) * 6, 3)
+    sequence.move_data("strided", which, 11)
+    sequence.load("same")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_fixed_sequences_under_the_interpreter():

@@ -140,8 +140,8 @@ def build(drops, effects, backend="reference", **options):
 
 
 def by_the_equations(param, masks, effect, grads, in_parts):
-    """One parameter's trajectory, element by element: equations 2 and 3, then AdamW. Of a mask that decides ``in_parts``,
-    layers or blocks, what is frozen has not stepped."""
+    """One parameter's trajectory, element by element: equations 2 and 3, then AdamW. What is frozen has not
+    stepped where the mask decides ``in_parts``, layers or blocks."""
     p, m, v, steps = param, [0.0] * len(param), [0.0] * len(param), [0] * len(param)
     for mask, grad in zip(masks, grads, strict=True):
         for e, scale in enumerate(mask):
