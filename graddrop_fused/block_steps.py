@@ -133,9 +133,10 @@ class BlockSteps:
         here = self.table[:, : factors.shape[1]]
         here.copy_(factors) if rows is None else here.index_copy_(0, rows, factors)
 
-    def commit(self) -> None:
-        """The step is done: count it."""
-        self.counts.copy_(self.coming)
+    def commit(self, done: int) -> None:
+        """Count the step for those of the batch's first ``done`` tensors that stand here."""
+        room = sum(len(words) * _WORD for i, words in zip(self.tensors, self.draws.packed, strict=True) if i < done)
+        self.counts[:room] = self.coming[:room]
 
 
 def _here(shard: Shard, block: int) -> range:

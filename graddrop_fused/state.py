@@ -103,16 +103,25 @@ def _unusual(state: Tensor, param: Tensor) -> bool:
     return is_dtensor(param) and (not is_dtensor(state) or state.placements != param.placements)
 
 
-def adopt(
-    members: Sequence[Member], state: dict[Tensor, Entry], rule: Rule, dtype: torch.dtype, blocks: Sequence[int]
+def missing(
+    members: Sequence[Member], state: Mapping[Tensor, Entry], rule: Rule, dtype: torch.dtype, blocks: Sequence[int]
 ) -> list[Entry]:
-    """Each member's entry of ``state``, complete. Nothing has changed if memory runs out. ``blocks``: each one's."""
-    found = [
+    """What each member's entry of ``state`` lacks, made before anything changes, since memory may run out.
+
+    ``blocks``: how many of each member have a count of their own.
+    """
+    return [
         complete(state.get(m.param, {}), m.param, rule, dtype, count) for m, count in zip(members, blocks, strict=True)
     ]
+
+
+def adopt(
+    members: Sequence[Member], state: dict[Tensor, Entry], missing: Sequence[Entry], blocks: Sequence[int]
+) -> list[Entry]:
+    """Each member's entry of ``state``, completed. ``missing``, ``blocks``: as of :func:`missing`."""
     entries = [state[m.param] for m in members]
-    for entry, missing, count in zip(entries, found, blocks, strict=True):
-        entry.update(missing)
+    for entry, lacked, count in zip(entries, missing, blocks, strict=True):
+        entry.update(lacked)
         if not count:  # counts that stood still meanwhile would be wrong later
             entry.pop(block_steps.NAME, None)
     return entries

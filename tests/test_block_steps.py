@@ -345,7 +345,7 @@ def test_the_check_can_fail(monkeypatch):
     """Counts that go on for blocks that are left alone are seen."""
     from graddrop_fused.block_steps import BlockSteps
 
-    monkeypatch.setattr(BlockSteps, "commit", lambda self: self.counts.add_(1))
+    monkeypatch.setattr(BlockSteps, "commit", lambda self, done: self.counts.add_(1))
     cls, theirs, options = RULES["adamw"]
     truth = Split(theirs, options, DROPS["blocks"], torch.float64)
     params, opt = ours(cls, options, DROPS["blocks"], backend="reference")

@@ -227,8 +227,7 @@ class Sequences(RuleBasedStateMachine):
             finally:
                 clock[name] = then
 
-        if name != "draw" or not self.sides.first.opt._device_numbers:  # which alone know the draw
-            assert self.sides.each(operation)[0] == "raised"
+        assert self.sides.each(operation)[0] == "raised"
 
     @precondition(lambda self: len(self.sides.first.params) < 10)
     @rule(policy=st.sampled_from(POLICIES), effect=st.sampled_from(EFFECTS), shape=st.sampled_from([(7,), (9, 40)]))
