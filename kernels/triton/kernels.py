@@ -161,7 +161,6 @@ def update_wide(
     packed = aligned(row + PACKED_WORDS, tl.int32)
     reads_grad = has_grad(row, kind, effect)
     origin = block_origin((offset + start) // TILE, tl.maximum(block // TILE, 1))
-    mine = factors
     if OWN:
         table = block_table(row, kind, effect, origin[0], block, dtype)
 
@@ -184,6 +183,8 @@ def update_wide(
             if OWN:
                 on = blocks_on(((first - start) // TILE).to(tl.int32) + tl.arange(0, TILES)[:, None, None], origin)
                 mine = block_factors(table, on, live, factors, FACTORS)
+            else:
+                mine = factors
             for w in tl.static_range(4):
                 at = first + w * 32
                 kept = kept_at(bits, w, VECTOR)
@@ -232,7 +233,6 @@ def update_narrow(
     reads_grad = has_grad(row, kind, effect)
     into_tile = (index % TILE).to(tl.int32)
     origin = block_origin(index, block)
-    mine = factors
     if OWN:
         table = block_table(row, kind, effect, origin[0], block, dtype)
 
@@ -258,6 +258,8 @@ def update_narrow(
                 random = narrow_random(drawn, w, VALUES)
             if OWN:
                 mine = block_factors(table, blocks_on(offset + 32 * w, origin), inside[w] & kept[w], factors, FACTORS)
+            else:
+                mine = factors
             update_at(
                 p_ptr + offset, g_ptr + offset, state_ptrs, offset, 32 * w, inside[w], kept[w], reads_grad, effect,
                 factor, mine, random, RULE, STATES, dtype,
@@ -286,7 +288,6 @@ def update_strided(
     reads_grad = has_grad(row, kind, effect)
     number: tl.constexpr = tl.int64 if WIDE else tl.int32
     dims = dimensions(row, number, DIMS)
-    mine = factors
     if OWN:
         table = block_table(row, kind, effect, offset // block, block, dtype)
 
@@ -304,6 +305,8 @@ def update_strided(
             random = strided_random(index, random_key, VALUES)
         if OWN:
             mine = block_factors(table, index // block - offset // block, inside & kept, factors, FACTORS)
+        else:
+            mine = factors
         update_at(
             p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, 0, inside, kept, reads_grad, effect,
             factor, mine, random, RULE, STATES, dtype,
