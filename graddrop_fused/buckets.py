@@ -139,6 +139,8 @@ class Bucket:
             rows.append([Mask.ELEMENT, Effect.GRADIENT, word, int(self.tables.stream_ids[i]), lo, span, 1])
         integers = torch.tensor(rows, dtype=torch.int64, device=HOST)
         part = Batch([], shards, integers, batch.reals[index], packed=words)
+        for g in stale:  # what is broken off here leaves words of neither draw
+            self.packed_with.pop(g, None)
         self.backend.pack(part, seed=seed)
         if any(batch.packed[i] is None for i in index):
             batch.cache.clear()  # tensors are added
@@ -255,7 +257,7 @@ class UpdateBucket(Bucket):
         self.batch.rounding = table.to(self.batch.integers.device)
 
     def prepare_on_host(self, steps: Mapping[int, GroupStep], draw: int) -> None:
-        """Fill in the tables for the coming step, number ``draw``, which counts once :meth:`commit` is called."""
+        """Fill in the tables for the coming step, number ``draw``, which :meth:`run` counts."""
         t, out = self.steps.tolist(), set(self.absent)
         for group, tensors in self.by_group.items():
             if steps[group].frozen:
@@ -284,8 +286,15 @@ class UpdateBucket(Bucket):
         if self.batch.rounding is not None:
             self.batch.rounding[:, Rounding.DRAW] = draw
 
-    def commit(self) -> None:
-        """The step is done: count it."""
+    def run(self, launch: Callable[[], None]) -> None:
+        """Update, and count the step; if it is broken off between two tensors, for those that are updated."""
+        try:
+            launch()
+        except BaseException:
+            done = self.batch.done
+            self.steps[:done] += self.counted[:done] if self.counted.dim() else self.counted
+            raise
+        self.batch.done = len(self.members)
         self.steps += self.counted
         if self.backend is not reference:  # whose operations tell autograd themselves
             torch.autograd.graph.increment_version(self.written)
@@ -335,6 +344,10 @@ class Plan:
             if not taken:
                 self.release_gradients()
         return taken
+
+    def updated(self) -> set[int]:
+        """ids of the parameters that the last launches have updated: all, unless they were broken off."""
+        return {id(p) for bucket in self.buckets for p in bucket.params[: bucket.batch.done]}
 
     def release_gradients(self) -> None:
         """Let go of what a step has taken: else zero_grad() would free nothing."""

@@ -141,7 +141,6 @@ class Batch:
     states: list[list[Tensor]] = field(default_factory=list)  # states[k][i]: the rule's k-th state of tensor i
     packed: list[Tensor | None] = field(default_factory=list)  # int32 words; None: not needed
     pairs: frozenset[tuple[Mask, Effect]] | None = None  # that may occur; None: those in `integers` (on the host)
-    rounding: Tensor | None = (
-        None  # (tensors, 2), int64, where `integers` is: bfloat16 stochastically; None: to nearest
-    )
+    rounding: Tensor | None = None  # (tensors, 2), int64, where `integers` is: bfloat16 stochastically
+    done: int = 0  # tensors that a launch has updated, the first ones; all of them, unless it was broken off
     cache: dict = field(default_factory=dict)

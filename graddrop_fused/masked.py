@@ -17,6 +17,7 @@ from . import checkpoint, dispatch, preview, state, validate
 from .buckets import Plan, UpdateBucket, make_buckets
 from .clock import Clock
 from .cuda_graph import check_not_capturing
+from .fakes import check_no_fake_mode, is_fake
 from .groups import Layers, members, policy_of, rounds_stochastically
 from .numbers import DeviceNumbers, HostNumbers, StepNumbers
 from .policies import Policy
@@ -137,25 +138,64 @@ class MaskedOptimizer(Optimizer):
                 if found_inf.item():
                     return loss
                 found_inf = None
+        if self._plan is None and self._all_fake():
+            self._step_on_fakes()
+            return loss
         plan = self._fitting_plan()
         try:
             prepare = self._prepare_on_devices if capturable else self._prepare_on_host
             commit = prepare(plan, found_inf)
             with UninterruptedByKeyboard():
-                self._launch(plan, grad_scale, found_inf)
-                commit()
+                self._launch(plan, commit, grad_scale, found_inf)
         finally:
             plan.release_gradients()
         return loss
 
-    def _launch(self, plan: Plan, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+    def _launch(
+        self,
+        plan: Plan,
+        commit: Callable[[], None],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Update what is in ``plan``, and ``commit`` the step.
+
+        All that may fail comes before the first launch, but for what the reference allocates between two tensors. A
+        step that is broken off there is one in which the rest had no gradients: it counts, unless it reached nothing.
+        """
+        for bucket in plan.buckets:
+            bucket.batch.done = 0
+        launches = []
         for bucket in plan.buckets:
             scale, inf = _to(grad_scale, bucket.device), _to(found_inf, bucket.device)
-            bucket.backend.update(bucket.batch, bucket.rule, seed=self.seed, grad_scale=scale, found_inf=inf)
-            bucket.commit()
+            launches.append(
+                bucket.backend.prepare(bucket.batch, bucket.rule, seed=self.seed, grad_scale=scale, found_inf=inf)
+            )
+        try:
+            for bucket, launch in zip(plan.buckets, launches, strict=True):
+                bucket.run(launch)
+        except BaseException:
+            if any(bucket.batch.done for bucket in plan.buckets):
+                commit()
+            raise
+        commit()
 
     def _capturable(self) -> bool:
         return bool(self.param_groups and self.param_groups[0]["capturable"])
+
+    def _all_fake(self) -> bool:
+        params = [p for group in self.param_groups for p in group["params"]]
+        return bool(params) and all(map(is_fake, params))
+
+    def _step_on_fakes(self) -> None:
+        """Under FakeTensorMode a step makes its state, for those who count memory: kernels allocate nothing else."""
+        for member in members(self.param_groups):
+            if member.param.grad is not None:
+                validate.gradient(member, member.param.grad)
+                rule, entry = self.rule_class.of(self.param_groups[member.group]), self.state[member.param]
+                entry.update(state.complete(entry, member.param, rule, state.dtype_of(member.param, self.state_dtype)))
+                entry["step"] += 1
+        self._clock.draw = self.param_groups[0]["draw"] = self._clock.next_draw()
 
     def _prepare_on_host(self, plan: Plan, found_inf: None) -> Callable[[], None]:
         """Make every bucket ready for the coming step; returns what counts it."""
@@ -199,6 +239,7 @@ class MaskedOptimizer(Optimizer):
 
     def _fitting_plan(self) -> Plan:
         """A plan whose buckets have taken the gradients of now: the last one, unless it no longer fits."""
+        check_no_fake_mode()
         self._check_shown_clock()
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
@@ -262,9 +303,11 @@ class MaskedOptimizer(Optimizer):
             on_device=self._capturable(),
             bucket_class=UpdateBucket,
         )
-        for bucket in buckets:
-            dtype = state.dtype_of(bucket.params[0], self.state_dtype)
-            bucket.give_state(state.adopt(bucket.members, self.state, bucket.rule, dtype))
+        missing = [
+            state.missing(b.members, self.state, b.rule, state.dtype_of(b.params[0], self.state_dtype)) for b in buckets
+        ]
+        for bucket, entries in zip(buckets, missing, strict=True):
+            bucket.give_state(state.adopt(bucket.members, self.state, entries))
             if rounds_stochastically(groups[bucket.members[0].group]):
                 bucket.round_stochastically()
         stateless = sorted(set(range(len(params))).difference(wanted))
@@ -299,9 +342,8 @@ class MaskedOptimizer(Optimizer):
     def _check_shown_clock(self) -> None:
         if not self.param_groups:
             return
+        # under capturable both have the draw that was last read from the device
         shown, clock = self.param_groups[0], self._clock.state()
-        if self._device_numbers:
-            del clock["draw"]  # known to the device alone
         if all([shown.get(name) == value for name, value in clock.items()]):
             return
         for name, value in clock.items():

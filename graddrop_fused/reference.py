@@ -4,6 +4,8 @@ Source: "Gradient Sparsification for Masked Fine-Tuning of Transformers", equati
 rules.py. Runs on any device, for any dense tensor.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,11 +29,24 @@ def update(
 
     ``grad_scale`` (AMP) divides every gradient; where ``found_inf`` is nonzero nothing changes.
     """
+    prepare(batch, rule, seed=seed, grad_scale=grad_scale, found_inf=found_inf)()
+
+
+def prepare(
+    batch: Batch, rule: Rule, *, seed: int, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+) -> Callable[[], None]:
+    """:func:`update` up to its launch, which is returned. It allocates as it goes, and so may be broken off between two
+    tensors; ``batch.done`` then says how many are updated."""
     if found_inf is not None and found_inf.item():
-        return
+        return lambda: None
     inv_grad_scale = 1.0 if grad_scale is None else grad_scale.double().reciprocal().item()
-    for i in range(len(batch.params)):
-        _update(batch, rule, i, seed, inv_grad_scale)
+
+    def launch() -> None:
+        for i in range(len(batch.params)):
+            _update(batch, rule, i, seed, inv_grad_scale)
+            batch.done = i + 1
+
+    return launch
 
 
 def _update(batch: Batch, rule: Rule, i: int, seed: int, inv_grad_scale: float) -> None:
@@ -50,10 +65,13 @@ def _update(batch: Batch, rule: Rule, i: int, seed: int, inv_grad_scale: float) 
     new_p, new_states = rule.update(p, g, [state.to(dtype) for state in states], factors)
 
     new_p = _rounded(batch, i, seed, new_p, param.dtype, Purpose.ROUND_PARAM)
-    _assign(param, new_p, True if effect == Effect.GRADIENT else kept)
+    writes = [(param, _selected(new_p, True if effect == Effect.GRADIENT else kept, param))]
     for k, (state, new_state) in enumerate(zip(states, new_states, strict=True)):
         new_state = _rounded(batch, i, seed, new_state, state.dtype, Purpose(Purpose.ROUND_STATE_0 + k))
-        _assign(state, new_state, kept if effect == Effect.FREEZE else True)
+        writes.append((state, _selected(new_state, kept if effect == Effect.FREEZE else True, state)))
+    for tensor, value in writes:  # only now, since memory may run out before
+        if value is not None:
+            tensor.copy_(value)
 
 
 def pack(batch: Batch, *, seed: int) -> None:
@@ -125,9 +143,8 @@ def _masked(g: Tensor, kept: Tensor | bool) -> Tensor:
     return g if kept else torch.zeros_like(g)
 
 
-def _assign(tensor: Tensor, value: Tensor, kept: Tensor | bool) -> None:
-    """``tensor[kept] = value[kept]``; elements that are not kept keep their bits."""
+def _selected(value: Tensor, kept: Tensor | bool, tensor: Tensor) -> Tensor | None:
+    """``value`` where it is kept, and ``tensor`` elsewhere, whose elements keep their bits; None if that is all."""
     if isinstance(kept, Tensor):
-        tensor.copy_(torch.where(kept, value.to(tensor.dtype), tensor))
-    elif kept:
-        tensor.copy_(value)
+        return torch.where(kept, value.to(tensor.dtype), tensor)
+    return value if kept else None

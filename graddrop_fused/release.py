@@ -1,6 +1,5 @@
 """Gradients live for a moment: the fused step runs inside backward, a layer at a time, and frees what it has read."""
 
-import sys
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -16,10 +15,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from . import validate
 from .buckets import Plan
 from .cuda_graph import check_not_capturing
+from .fakes import check_no_fake_mode
 from .groups import Layers, members
 from .masked import MaskedOptimizer, UninterruptedByKeyboard
 from .numbers import HostNumbers, StepNumbers
 from .skip import unwrap
+from .training_loop import TrainingLoop
 
 
 def release_gradients(model: nn.Module, optimizer: Optimizer) -> "ReleasedGradients":
@@ -75,11 +76,9 @@ class ReleasedGradients:
     def __init__(self, model: nn.Module, optimizer: Optimizer, within: FrameType | None = None):
         self._optimizer = unwrap(optimizer)
         _check(model, optimizer, self._optimizer)
-        self._model, self._within = model, within
+        self._model, self._loop = model, TrainingLoop(within)
         self._removed = False
         self._lock = threading.RLock()  # autograd has a thread for each device
-        self._task = None  # the backward pass that last called
-        self._running = True
         self._begun = False
         self._coming: StepNumbers | None = None  # of the step that has begun, once something was updated
         self._key: tuple = ()
@@ -143,17 +142,15 @@ class ReleasedGradients:
                 self._update(part, part.came - self.updated, set())
 
     def _in_its_loop(self) -> bool:
-        task = torch._C._current_graph_task_id()
-        if self._within is not None and task != self._task:
-            self._running = _is_running(self._within)
-            if not self._running:  # hooks stay, and do nothing: torch goes through them at this moment
-                self._begun = False
-                self._forget()
-        self._task = task
-        return self._running
+        running = self._loop.is_running()
+        if not running:  # hooks stay, and do nothing: torch goes through them at this moment
+            self._begun = False
+            self._forget()
+        return running
 
     def _begin(self) -> dict[int, _Part]:
         optimizer = self._optimizer
+        check_no_fake_mode()
         optimizer._check_shown_clock()
         _check_not_capturable(optimizer)
         check_not_capturing()
@@ -183,11 +180,14 @@ class ReleasedGradients:
             optimizer._fill_on_host(plan, coming)
             with UninterruptedByKeyboard():
                 self._coming = coming
-                optimizer._launch(plan)
-                self.updated |= with_gradient | switched_off
-                for param in params:
-                    if id(param) in with_gradient:
-                        param.grad = None
+                try:
+                    optimizer._launch(plan, commit=lambda: None)
+                finally:
+                    done = plan.updated() & (with_gradient | switched_off)
+                    self.updated |= done
+                    for param in params:
+                        if id(param) in with_gradient & done:
+                            param.grad = None
         finally:
             plan.release_gradients()
 
@@ -333,14 +333,3 @@ def _refuse_ddp(*_: object) -> None:
     """The wrapper does not show in the module that it wraps; only while it runs."""
     if DistributedDataParallel._get_active_ddp_module() is not None:
         raise ValueError(_DDP)
-
-
-def _is_running(frame: FrameType) -> bool:
-    """Whether any thread is in ``frame``: on a GPU backward runs in a thread of its own."""
-    for top in sys._current_frames().values():
-        at: FrameType | None = top
-        while at is not None:
-            if at is frame:
-                return True
-            at = at.f_back
-    return False

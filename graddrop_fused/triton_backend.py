@@ -10,7 +10,7 @@ import importlib
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -70,8 +70,15 @@ def update(
     ``grad_scale`` (AMP) divides every gradient; where ``found_inf`` is nonzero nothing changes. Both are one-element
     tensors on the batch's device and are read there.
     """
+    prepare(batch, rule, seed=seed, grad_scale=grad_scale, found_inf=found_inf)()
+
+
+def prepare(
+    batch: Batch, rule: Rule, *, seed: int, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+) -> Callable[[], None]:
+    """:func:`update` up to its launch, which is returned; only a kernel that must be compiled yet can fail there."""
     if not any(shard.numel for shard in batch.shards):
-        return
+        return lambda: None
     from .kernels.triton.kernels import update_kernel
 
     device, param = batch.params[0].device, batch.params[0].dtype
@@ -80,22 +87,28 @@ def update(
     with _on(device):
         tables = _tables(batch, device, in_memory_order=True)
         integers, reals, rounding = _numbers(batch, device)
-        update_kernel[(len(tables.chunks),)](
-            chunks=tables.chunks,
-            layout=tables.layout_now(batch),
-            integers=integers,
-            reals=reals,
-            rounding=rounding,
-            seed=seed,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
+        arguments = {
+            "chunks": tables.chunks,
+            "layout": tables.layout_now(batch),
+            "integers": integers,
+            "reals": reals,
+            "rounding": rounding,
+            "seed": seed,
+            "grad_scale": grad_scale,
+            "found_inf": found_inf,
             **rule_constants(rule),
             **dtype_constants(dtypes),
             **kinds_and_effects(batch),
             **tables.indexing,
             **sizes(dtypes, _warp_size(device)),
             **OPTIONS,
-        )
+        }
+
+    def launch() -> None:
+        with _on(device):
+            update_kernel[(len(tables.chunks),)](**arguments)
+
+    return launch
 
 
 def pack(batch: Batch, *, seed: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .checks import check_bool, check_choice, check_nonnegative, shown
+from .fakes import is_fake
 from .groups import Layers, Member, effect_of, members, policy_of, rounds_stochastically, static_mask
 from .names import canonical_name
 from .policies import EFFECTS, Policy, StaticMask
@@ -205,6 +206,8 @@ def _refuse(member: Member, problem: str) -> None:
 
 
 def _has_memory(tensor: Tensor) -> bool:
+    if is_fake(tensor):
+        return False
     try:
         return tensor.numel() == 0 or tensor.is_meta or tensor.data_ptr() != 0
     except RuntimeError:
