@@ -107,6 +107,14 @@ def block_of(group: Mapping[str, Any], param: Tensor) -> int:
     return max(1, math.prod(shape[1:])) if len(shape) > 1 else 1
 
 
+def blocks_of(group: Mapping[str, Any], param: Tensor) -> int:
+    """How many blocks the whole of ``param`` has that count their own steps; 0: they step alike, or it has none."""
+    block = block_of(group, param)
+    if block == 1 or effect_of(group) != Effect.FREEZE:
+        return 0
+    return -(-math.prod(whole_shape(param)) // block)
+
+
 def static_mask(group: Mapping[str, Any], member: Member) -> Tensor | None:
     """The user's mask of a whole parameter under StaticMask. A parameter that is left out keeps everything."""
     policy = policy_of(group)

@@ -211,6 +211,7 @@ class MaskedOptimizer(Optimizer):
             bucket.prepare_on_host(
                 {g: group_step(groups[g], bucket.rule, *coming.rows[g], effects[g]) for g in bucket.by_group},
                 coming.draw,
+                self.seed,
             )
 
     def _count(self, coming: StepNumbers) -> None:
@@ -225,7 +226,8 @@ class MaskedOptimizer(Optimizer):
         for bucket in plan.buckets:
             numbers = self._device_numbers[bucket.device]
             bucket.batch.pairs = frozenset().union(*(numbers.pairs[group] for group in bucket.by_group))
-            bucket.prepare_on_device(groups, now[bucket.device], numbers.next_draw, _to(found_inf, bucket.device))
+            inf = _to(found_inf, bucket.device)
+            bucket.prepare_on_device(groups, now[bucket.device], numbers.next_draw, inf, self.seed)
 
         def commit():
             for numbers in self._device_numbers.values():
@@ -304,10 +306,17 @@ class MaskedOptimizer(Optimizer):
             bucket_class=UpdateBucket,
         )
         missing = [
-            state.missing(b.members, self.state, b.rule, state.dtype_of(b.params[0], self.state_dtype)) for b in buckets
+            state.missing(
+                b.members,
+                self.state,
+                b.rule,
+                state.dtype_of(b.params[0], self.state_dtype),
+                [kind.blocks for kind in b.kinds],
+            )
+            for b in buckets
         ]
         for bucket, entries in zip(buckets, missing, strict=True):
-            bucket.give_state(state.adopt(bucket.members, self.state, entries))
+            bucket.give_state(state.adopt(bucket.members, self.state, entries, [kind.blocks for kind in bucket.kinds]))
             if rounds_stochastically(groups[bucket.members[0].group]):
                 bucket.round_stochastically()
         stateless = sorted(set(range(len(params))).difference(wanted))

@@ -52,9 +52,9 @@ def prepare(
 def _update(batch: Batch, rule: Rule, i: int, seed: int, inv_grad_scale: float) -> None:
     effect = Effect(int(batch.integers[i, Integer.EFFECT]))
     row = batch.reals[i].tolist()
-    factors = row[Real.FACTOR : Real.FACTOR + len(rule.factor_names)]
     param, grad, states = batch.params[i], batch.grads[i], [state[i] for state in batch.states]
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    factors = _factors(batch, rule, i, dtype)
 
     kept = keep(batch, i, seed)  # bool tensor, or one bool for all elements
     p = param.to(dtype)
@@ -104,6 +104,17 @@ def keep(batch: Batch, i: int, seed: int) -> Tensor | bool:
         return mask_stream.decide(random, lo, span)
 
     return _by_chunks(batch, i, torch.bool, decide)
+
+
+def _factors(batch: Batch, rule: Rule, i: int, dtype: torch.dtype) -> list:
+    """The rule's factors: numbers, or tensors of the local shape where blocks have their own."""
+    mask, effect, block = batch.integers[i, [Integer.MASK, Integer.EFFECT, Integer.BLOCK]].tolist()
+    table = batch.block_factors[i] if batch.block_factors else None
+    count = len(rule.factor_names)
+    if table is None or mask != Mask.BLOCK or effect != Effect.FREEZE:
+        return batch.reals[i, Real.FACTOR : Real.FACTOR + count].tolist()
+    first = batch.shards[i].offset // block
+    return [_by_chunks(batch, i, dtype, lambda e, k=k: table[e // block - first, k]) for k in range(count)]
 
 
 def _noise(batch: Batch, i: int, seed: int, dtype: torch.dtype) -> Tensor | float:

@@ -9,7 +9,7 @@ gradient itself, and its step is not written); an element that is frozen it is n
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +27,11 @@ class Rule:
     states: Sequence[str] = ()  # names of its state in optimizer.state, in the kernels' order
     factor_names: ClassVar[tuple[str, ...]] = ()  # of what `factors` returns, at most contract.MAX_FACTORS
     steps_may_be_unknown: ClassVar[bool] = False  # others' optimizers of this rule keep no count of steps
+
+    @property
+    def counts(self) -> bool:
+        """Do the factors depend on the count of steps?"""
+        return False
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "Rule":
@@ -73,6 +78,10 @@ class AdamW(Rule):
     def states(self) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if self.amsgrad else 2]
 
+    @property
+    def counts(self) -> bool:
+        return True
+
     @classmethod
     def of(cls, group):
         return cls(amsgrad=group["amsgrad"])
@@ -110,6 +119,7 @@ class SGD(Rule):
     """torch.optim.SGD. Without momentum, dampening and decay it is equation 2 of the paper itself."""
 
     momentum: bool = False
+    damped: bool = field(default=False, repr=False)  # the buffer's first gradient is taken otherwise than the rest
     name: ClassVar[str] = "sgd"
     steps_may_be_unknown: ClassVar[bool] = True
     factor_names: ClassVar[tuple[str, ...]] = ("weight_decay", "momentum", "taken", "grad_step", "buffer_step")
@@ -118,9 +128,14 @@ class SGD(Rule):
     def states(self) -> tuple[str, ...]:
         return ("momentum_buffer",) if self.momentum else ()
 
+    @property
+    def counts(self) -> bool:
+        return self.damped
+
     @classmethod
     def of(cls, group):
-        return cls(momentum=group["momentum"] != 0)
+        momentum = group["momentum"] != 0
+        return cls(momentum, damped=momentum and group["dampening"] != 0)
 
     @staticmethod
     def check(group):

@@ -99,6 +99,7 @@ def prepare(
             **rule_constants(rule),
             **dtype_constants(dtypes),
             **kinds_and_effects(batch),
+            "OWN": any(table is not None for table in batch.block_factors),
             **tables.indexing,
             **sizes(dtypes, _warp_size(device)),
             **OPTIONS,
