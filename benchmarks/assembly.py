@@ -127,7 +127,7 @@ def find_passes(machine, lines: list[str], shapes: list[PassShape]) -> dict[str,
         widths = Counter(machine.width(match.group()) for line in loop for match in re.finditer(machine.access, line))
         stores = sum(bool(re.search(machine.store, line)) for line in loop)
         for shape in shapes:
-            wide = 16 in widths and set(widths) == {16}
+            wide = 16 in widths  # beside a block's own factors, where it has some
             if shape.name not in found and (wide if shape.stores is None else not wide and shape.stores == stores):
                 weights = loop_weights(machine, loop, shape.counters)
                 pipes: Counter = Counter()
