@@ -31,6 +31,9 @@ class GradDropAdamW(MaskedOptimizer):
         state_dtype: torch.float32 or torch.bfloat16 for the moments; None is the parameter's own dtype, as in torch,
             but float32 for float16 parameters. float64 parameters always have float64 moments.
         backend: "auto", "triton", "cpu" or "reference".
+        active_state: keep moments only for what the current epoch (or ``hold=K`` steps) trains: what becomes frozen
+            loses them, what becomes active starts as a new parameter would. Needs effect "freeze" and masks that hold,
+            of whole layers or of blocks (docs/memory.md).
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -60,6 +63,7 @@ class GradDropAdamW(MaskedOptimizer):
         effect: str | None = None,
         state_dtype: torch.dtype | None = None,
         backend: str = "auto",
+        active_state: bool = False,
     ):
         super().__init__(
             params,
@@ -81,4 +85,5 @@ class GradDropAdamW(MaskedOptimizer):
             effect=effect,
             state_dtype=state_dtype,
             backend=backend,
+            active_state=active_state,
         )

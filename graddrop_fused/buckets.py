@@ -236,6 +236,11 @@ class UpdateBucket(Bucket):
         if self.sharded:
             self.written = self.written + self._locals()
 
+    def let_go(self) -> None:
+        """Keep no state alive."""
+        self.entries, self.views, self.states, self.written, self.batch.states = [], [], [], [], []
+        self.batch.cache.clear()
+
     def _locals(self) -> list[Tensor]:
         tensors = self.params + [t for tensors in self.states for t in tensors]
         return [local(t) for t in tensors] if self.sharded else tensors
@@ -323,6 +328,12 @@ class Plan:
             if not taken:
                 self.release_gradients()
         return taken
+
+    def let_go(self) -> None:
+        """The plan is done with: keep no state alive."""
+        self.entries.clear()
+        for bucket in self.buckets:
+            bucket.let_go()
 
     def release_gradients(self) -> None:
         """Let go of what a step has taken: else zero_grad() would free nothing."""

@@ -17,7 +17,7 @@ class GradDropLion(MaskedOptimizer):
 
     Args:
         lr: float or a tensor of one element. betas: of the direction and of the momentum. weight_decay: decoupled.
-        maximize, capturable, drop, seed, steps_per_epoch, effect, state_dtype, backend: as in GradDropAdamW.
+        maximize, capturable, drop, seed, steps_per_epoch, effect, state_dtype, backend, active_state: as in GradDropAdamW.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -43,6 +43,7 @@ class GradDropLion(MaskedOptimizer):
         effect: str | None = None,
         state_dtype: torch.dtype | None = None,
         backend: str = "auto",
+        active_state: bool = False,
     ):
         super().__init__(
             params,
@@ -54,4 +55,5 @@ class GradDropLion(MaskedOptimizer):
             effect=effect,
             state_dtype=state_dtype,
             backend=backend,
+            active_state=active_state,
         )

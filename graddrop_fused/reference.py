@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import mask_stream
-from .contract import Batch, Effect, Integer, Mask, Real
+from .contract import Batch, Effect, Integer, Mask, Real, Runs, Scattered, elements
 from .rules import Rule
 
 _CHUNK = 1 << 22  # elements whose random numbers are held at once
@@ -30,7 +30,36 @@ def update(
         return
     inv_grad_scale = 1.0 if grad_scale is None else grad_scale.double().reciprocal().item()
     for i in range(len(batch.params)):
-        _update(batch, rule, i, seed, inv_grad_scale)
+        if batch.runs is None:
+            _update(batch, rule, i, seed, inv_grad_scale)
+        else:
+            _update_runs(batch, batch.runs, rule, i, seed, inv_grad_scale)
+
+
+def _update_runs(batch: Batch, runs: Runs, rule: Rule, i: int, seed: int, inv_grad_scale: float) -> None:
+    """Tensor i's runs as if they were tensors: those of equal numbers are taken out together, updated and put back."""
+    param, grad, states = batch.params[i], batch.grads[i], [state[i] for state in batch.states]
+    rows, contiguous = runs.of_tensor(i), param.is_contiguous()
+    param = param.view(-1) if contiguous else param
+    _, alike = torch.cat([batch.integers[rows].double(), batch.reals[rows]], 1).unique(dim=0, return_inverse=True)
+    for kind in range(int(alike.max()) + 1 if len(alike) else 0):
+        these = (alike == kind).nonzero().reshape(-1) + rows.start
+        lengths = runs.lengths[these]
+        places = elements(runs.starts[these], lengths).to(param.device)
+        at = places if contiguous else torch.unravel_index(places, param.shape)
+        in_state = elements(runs.state_starts[these], lengths).to(param.device)
+        part = Batch(
+            params=[param[at]],
+            shards=[Scattered(batch.shards[i].at(places))],
+            integers=batch.integers[these[:1]],
+            reals=batch.reals[these[:1]],
+            grads=[None if grad is None else grad.reshape(-1)[places]],
+            states=[[state[in_state]] for state in states],
+        )
+        _update(part, rule, 0, seed, inv_grad_scale)
+        param[at] = part.params[0]
+        for state, (new,) in zip(states, part.states, strict=True):
+            state[in_state] = new
 
 
 def _update(batch: Batch, rule: Rule, i: int, seed: int, inv_grad_scale: float) -> None:

@@ -18,7 +18,7 @@ class GradDropSGD(MaskedOptimizer):
 
     Args:
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
-        capturable, drop, seed, steps_per_epoch, effect, state_dtype, backend: as in GradDropAdamW.
+        capturable, drop, seed, steps_per_epoch, effect, state_dtype, backend, active_state: as in GradDropAdamW.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -48,6 +48,7 @@ class GradDropSGD(MaskedOptimizer):
         effect: str | None = None,
         state_dtype: torch.dtype | None = None,
         backend: str = "auto",
+        active_state: bool = False,
     ):
         super().__init__(
             params,
@@ -69,4 +70,5 @@ class GradDropSGD(MaskedOptimizer):
             effect=effect,
             state_dtype=state_dtype,
             backend=backend,
+            active_state=active_state,
         )
