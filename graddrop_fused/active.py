@@ -94,9 +94,7 @@ def turn_over(
     """
     param, entry = member.param, entries.get(member.param, {})
     if has_blocks(group) or (is_compact(entry) and row.mask != Mask.DROP):
-        wanted = kept_runs(
-            member.shard(), block_of(group, param), row, word, seed=seed, stream_id=member.stream_id
-        )
+        wanted = kept_runs(member.shard(), block_of(group, param), row, word, seed=seed, stream_id=member.stream_id)
         if len(wanted) or is_dtensor(param):
             new = _carried(entry, param, rule, dtype, wanted)
             entries[param] = new if has_blocks(group) else _ordinary(new, param)
@@ -237,10 +235,7 @@ class ActiveBucket(UpdateBucket):
         # the mask has decided which runs there are: they are kept, and an absent tensor's do not count
         self.absent = [count for i in self.absent for count in self.counts_of[i]]
         super().prepare_on_host(
-            {
-                g: step._replace(row=step.row._replace(mask=Mask.KEEP), effect=Effect.FREEZE)
-                for g, step in steps.items()
-            }
+            {g: step._replace(row=step.row._replace(mask=Mask.KEEP), effect=Effect.FREEZE) for g, step in steps.items()}
         )
 
 
@@ -248,7 +243,7 @@ class ActiveBucket(UpdateBucket):
 
 
 def check(what: Callable[[str], str], entry: Mapping[str, Any], param: Tensor, rule: Rule) -> None:
-    """Raises TypeError or ValueError, naming the tensor by ``what(name)``, on compact state that cannot be ``param``'s."""
+    """Raises an error that names the tensor, by ``what(name)``, on compact state that cannot be ``param``'s."""
     active, steps, numel = entry[ACTIVE], entry["step"], local(param).numel()
     if not isinstance(active, Tensor) or active.dtype != torch.int64 or active.dim() != 2 or active.shape[1] != 3:
         raise ValueError(f"{what(ACTIVE)} must be an int64 tensor of shape (runs, 3), got {shown(active)}")

@@ -169,8 +169,8 @@ class Batch:
     """All tensors of one backend call. Lists run parallel; tensors are local (never DTensors) and on one device. No two
     elements of a parameter share memory.
 
-    ``grads[i]`` None is a gradient of zeros. State has its parameter's strides; with ``runs`` it is as they say. Under the rule "mask", which writes the
-    masked gradient itself, ``params`` is the list ``grads``. A backend keeps what it derives from the tensors in
+    ``grads[i]`` None is a gradient of zeros. State has its parameter's strides, or with ``runs`` is as they say. Under
+    the rule "mask", which writes the masked gradient itself, ``params`` is the list ``grads``. A backend keeps what it derives from the tensors in
     ``cache``; whoever replaces any tensor but a gradient makes a new Batch.
     """
 

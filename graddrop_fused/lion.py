@@ -17,7 +17,8 @@ class GradDropLion(MaskedOptimizer):
 
     Args:
         lr: float or a tensor of one element. betas: of the direction and of the momentum. weight_decay: decoupled.
-        maximize, capturable, drop, seed, steps_per_epoch, effect, state_dtype, backend, active_state: as in GradDropAdamW.
+        maximize, capturable, drop, seed, steps_per_epoch, effect, state_dtype, backend, active_state: as in
+        GradDropAdamW.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.

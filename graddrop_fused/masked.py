@@ -240,7 +240,7 @@ class MaskedOptimizer(Optimizer):
         return key, self.seed, tuple((r, word if r.mask in (Mask.BLOCK, Mask.ELEMENT) else 0) for r, word in rows)
 
     def _coming_rows(self, key: tuple) -> list[tuple[Row, int]]:
-        """The groups' rows in the coming step, which say which state there must be. ``key``: what they are made from."""
+        """The groups' rows in the coming step, which say what state there must be. ``key``: what they are made from."""
         if self._asked is None or self._asked[0] != key:
             for group in self.param_groups:
                 self._check_group(group)
