@@ -170,8 +170,8 @@ class Batch:
     elements of a parameter share memory.
 
     ``grads[i]`` None is a gradient of zeros. State has its parameter's strides, or with ``runs`` is as they say. Under
-    the rule "mask", which writes the masked gradient itself, ``params`` is the list ``grads``. A backend keeps what it derives from the tensors in
-    ``cache``; whoever replaces any tensor but a gradient makes a new Batch.
+    the rule "mask", which writes the masked gradient itself, ``params`` is the list ``grads``. A backend keeps what it
+    derives from the tensors in ``cache``; whoever replaces any tensor but a gradient makes a new Batch.
     """
 
     params: list[Tensor]
