@@ -231,12 +231,20 @@ class ActiveBucket(UpdateBucket):
             self.batch.grads = [None if g is None else g.contiguous() for g in grads]
         return taken
 
-    def prepare_on_host(self, steps: Mapping[int, GroupStep]) -> None:
+    def counts_of_first(self, tensors: int) -> int:
+        return self.counts_of[tensors - 1].stop if tensors else 0
+
+    def round_stochastically(self) -> None:
+        super().round_stochastically()
+        self.batch.rounding = self.batch.rounding[self.batch.runs.tensors]
+
+    def prepare_on_host(self, steps: Mapping[int, GroupStep], draw: int) -> None:
         # the mask has decided which runs there are: they are kept, and an absent tensor's do not count
         self.absent = [count for i in self.absent for count in self.counts_of[i]]
-        super().prepare_on_host(
-            {g: step._replace(row=step.row._replace(mask=Mask.KEEP), effect=Effect.FREEZE) for g, step in steps.items()}
-        )
+        kept = {
+            g: step._replace(row=step.row._replace(mask=Mask.KEEP), effect=Effect.FREEZE) for g, step in steps.items()
+        }
+        super().prepare_on_host(kept, draw)
 
 
 # Checkpoints

@@ -12,6 +12,7 @@ from .buckets import Bucket, Facts, make_buckets
 from .checks import check_choice
 from .clock import ENTRIES, Clock
 from .cuda_graph import capturing
+from .fakes import check_no_fake_mode
 from .groups import Group, Layers, members, policy_of
 from .masked import MaskedOptimizer
 from .numbers import HostNumbers
@@ -178,6 +179,7 @@ class MaskHandle:
 
     @torch.no_grad()
     def _mask(self, draw: int) -> None:
+        check_no_fake_mode()
         groups = self.groups
         numbers = HostNumbers(groups, Layers.of(groups))
         _, rows, packed = numbers.of_step(self._clock, draw)
@@ -187,8 +189,9 @@ class MaskHandle:
                 bucket.pack(packed, self.seed)
                 steps = {g: group_step(groups[g], bucket.rule, *rows[g]) for g in bucket.by_group}
                 bucket.tables.fill(steps, [1.0] * len(bucket.members), bucket.absent)
-            for bucket in buckets:
-                bucket.backend.update(bucket.batch, bucket.rule, seed=self.seed)
+            launches = [b.backend.prepare(b.batch, b.rule, seed=self.seed) for b in buckets]
+            for bucket, launch in zip(buckets, launches, strict=True):
+                launch()
                 torch.autograd.graph.increment_version([g for g in bucket.batch.grads if g is not None])
             self._clock.draw = draw
         finally:

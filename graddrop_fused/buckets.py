@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import mask_stream, reference, validate
-from .contract import Batch, Effect, Integer, Mask, Real, Shard
+from .contract import Batch, Effect, Integer, Mask, Real, Rounding, Shard
 from .groups import Layers, Member, block_of, is_layerwise, own_rescale_of, static_mask
 from .numbers import HostNumbers
 from .rules import Rule
@@ -139,6 +139,8 @@ class Bucket:
             rows.append([Mask.ELEMENT, Effect.GRADIENT, word, int(self.tables.stream_ids[i]), lo, span, 1])
         integers = torch.tensor(rows, dtype=torch.int64, device=HOST)
         part = Batch([], shards, integers, batch.reals[index], packed=words)
+        for g in stale:  # what is broken off here leaves words of neither draw
+            self.packed_with.pop(g, None)
         self.backend.pack(part, seed=seed)
         if any(batch.packed[i] is None for i in index):
             batch.cache.clear()  # tensors are added
@@ -236,6 +238,10 @@ class UpdateBucket(Bucket):
         if self.sharded:
             self.written = self.written + self._locals()
 
+    def counts_of_first(self, tensors: int) -> int:
+        """How many of the step counts are the first tensors'."""
+        return tensors
+
     def let_go(self) -> None:
         """Keep no state alive."""
         self.entries, self.views, self.states, self.written, self.batch.states = [], [], [], [], []
@@ -253,8 +259,14 @@ class UpdateBucket(Bucket):
             same = same and all(map(operator.is_, [entry.get(name) for entry in entries], tensors))
         return same and self.facts.hold(self._locals())
 
-    def prepare_on_host(self, steps: Mapping[int, GroupStep]) -> None:
-        """Fill in the tables for the coming step, which counts once :meth:`commit` is called."""
+    def round_stochastically(self) -> None:
+        """From now on, bfloat16 is rounded by the parameters' own random numbers of a step."""
+        table = torch.zeros(len(self.members), len(Rounding), dtype=torch.int64, device=HOST)
+        table[:, Rounding.STREAM_ID] = torch.tensor([m.stream_id for m in self.members], dtype=torch.int64, device=HOST)
+        self.batch.rounding = table.to(self.batch.integers.device)
+
+    def prepare_on_host(self, steps: Mapping[int, GroupStep], draw: int) -> None:
+        """Fill in the tables for the coming step, number ``draw``, which :meth:`run` counts."""
         t, out = self.steps.tolist(), set(self.absent)
         for group, tensors in self.by_group.items():
             if steps[group].frozen:
@@ -266,8 +278,9 @@ class UpdateBucket(Bucket):
         else:
             t, self.counted = [count + 1.0 for count in t], _ONE
         self.tables.fill(steps, t, self.absent)
+        self._fill_draw(draw)
 
-    def prepare_on_device(self, groups, numbers, found_inf: Tensor | None) -> None:
+    def prepare_on_device(self, groups, numbers, draw: Tensor, found_inf: Tensor | None) -> None:
         """The same from a device's numbers."""
         counted = torch.where(self.tables.frozen(numbers, groups), 0.0, torch.ones_like(self.steps))
         for run in runs(self.absent):
@@ -276,9 +289,21 @@ class UpdateBucket(Bucket):
             counted = counted * (found_inf == 0).to(counted).reshape(())
         self.counted = counted
         self.tables.fill(groups, numbers, (self.steps + counted).double(), self.absent)
+        self._fill_draw(draw)
 
-    def commit(self) -> None:
-        """The step is done: count it."""
+    def _fill_draw(self, draw: int | Tensor) -> None:
+        if self.batch.rounding is not None:
+            self.batch.rounding[:, Rounding.DRAW] = draw
+
+    def run(self, launch: Callable[[], None]) -> None:
+        """Update, and count the step; if it is broken off between two tensors, for those that are updated."""
+        try:
+            launch()
+        except BaseException:
+            done = self.counts_of_first(self.batch.done)
+            self.steps[:done] += self.counted[:done] if self.counted.dim() else self.counted
+            raise
+        self.batch.done = len(self.members)
         self.steps += self.counted
         if self.backend is not reference:  # whose operations tell autograd themselves
             torch.autograd.graph.increment_version(self.written)
@@ -334,6 +359,10 @@ class Plan:
         self.entries.clear()
         for bucket in self.buckets:
             bucket.let_go()
+
+    def updated(self) -> set[int]:
+        """ids of the parameters that the last launches have updated: all, unless they were broken off."""
+        return {id(p) for bucket in self.buckets for p in bucket.params[: bucket.batch.done]}
 
     def release_gradients(self) -> None:
         """Let go of what a step has taken: else zero_grad() would free nothing."""

@@ -13,7 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-CONTRACT_VERSION = 2  # a changed column, enum or meaning is a new version; compiled backends are checked against it
+CONTRACT_VERSION = 3  # a changed column, enum or meaning is a new version; compiled backends are checked against it
 MAX_DIMS = 6  # after collapsing; a dense tensor needs one dimension, a permuted one as many as it has
 MAX_STATES = 3  # tensors of state that an update rule may keep per parameter
 MAX_FACTORS = 6  # numbers that an update rule may take per tensor
@@ -61,6 +61,13 @@ class Real(IntEnum):
     @classmethod
     def columns(cls) -> int:
         return cls.FACTOR + MAX_FACTORS
+
+
+class Rounding(IntEnum):
+    """Columns of Batch.rounding: int64, shape (tensors, 2). Whose random numbers round a tensor's bfloat16 values."""
+
+    DRAW = 0  # Philox counter word 2: the step
+    STREAM_ID = 1  # the parameter's, also where Integer.STREAM_ID is a layer's
 
 
 class Layout(IntEnum):
@@ -183,4 +190,6 @@ class Batch:
     packed: list[Tensor | None] = field(default_factory=list)  # int32 words; None: not needed
     runs: Runs | None = None  # None: a row of the tables is a whole tensor
     pairs: frozenset[tuple[Mask, Effect]] | None = None  # that may occur; None: those in `integers` (on the host)
+    rounding: Tensor | None = None  # (tensors, 2), int64, where `integers` is: bfloat16 stochastically
+    done: int = 0  # tensors that a launch has updated, the first ones; all of them, unless it was broken off
     cache: dict = field(default_factory=dict)

@@ -5,8 +5,8 @@ forces a level, in the manner of ATEN_CPU_CAPABILITY. Results do not depend on t
 """
 
 import os
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -48,13 +48,27 @@ def update(
 
     ``level`` (an index into ``LEVELS``, or ``ORACLE``) is for tests.
     """
+    prepare(batch, rule, seed=seed, grad_scale=grad_scale, found_inf=found_inf, level=level)()
+
+
+def prepare(
+    batch: Batch,
+    rule: Rule,
+    *,
+    seed: int,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    level: int | None = None,
+) -> Callable[[], None]:
+    """:func:`update` up to its launch, which is returned; nothing after this allocates or can be refused."""
     if not batch.params or (found_inf is not None and found_inf.item()):
-        return
+        return lambda: None
     inv_grad_scale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
     ops, level = _op(level)
     number = _rule_number(rule.name, len(batch.states))
     layout, dtypes = _tables(batch)
-    ops.update(layout, batch.integers, batch.reals, number, dtypes, _signed(seed), inv_grad_scale, level)
+    tables = layout, batch.integers, batch.reals, batch.rounding
+    return partial(ops.update, *tables, number, dtypes, _signed(seed), inv_grad_scale, level)
 
 
 def pack(batch: Batch, *, seed: int, level: int | None = None) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .contract import MAX_DIMS
+from .fakes import is_fake
 from .shards import is_dtensor
 
 NAMES = ("triton", "cpu", "reference")
@@ -15,7 +16,7 @@ NAMES = ("triton", "cpu", "reference")
 
 @cache
 def load(name: str) -> ModuleType:
-    """The module of backend ``name``: update, pack and unavailable, as kernels/README.md says."""
+    """The module of backend ``name``: prepare, update, pack and unavailable, as kernels/README.md says."""
     if name == "triton":
         from . import triton_backend as module
     elif name == "cpu":
@@ -50,6 +51,11 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, dim: int = 
 
 def choose_for(requested: str, param: Tensor) -> ModuleType:
     """The backend that serves ``param``. Raises RuntimeError if ``requested`` names one that cannot."""
+    if is_fake(param):
+        raise RuntimeError(
+            "parameters must all be FakeTensors or none of them, and with attach() and release_gradients() none, got a "
+            "FakeTensor: it has no elements to mask"
+        )
     if type(param) not in (Tensor, torch.nn.Parameter) and not is_dtensor(param):
         # kernels go by addresses, and what a subclass means by its elements need not lie there
         if requested in ("auto", "reference"):

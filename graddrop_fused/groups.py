@@ -87,6 +87,10 @@ def effect_of(group: Mapping[str, Any]) -> Effect:
     return Effect[effect.upper()]
 
 
+def rounds_stochastically(group: Mapping[str, Any]) -> bool:
+    return group.get("rounding") == "stochastic"
+
+
 def is_layerwise(group: Mapping[str, Any]) -> bool:
     policy = policy_of(group)
     return policy is not None and policy.layerwise

@@ -17,7 +17,7 @@ class GradDropLion(MaskedOptimizer):
 
     Args:
         lr: float or a tensor of one element. betas: of the direction and of the momentum. weight_decay: decoupled.
-        maximize, capturable, drop, seed, steps_per_epoch, effect, state_dtype, backend, active_state: as in
+        maximize, capturable, drop, seed, steps_per_epoch, effect, state_dtype, rounding, backend, active_state: as in
         GradDropAdamW.
 
     Raises:
@@ -43,6 +43,7 @@ class GradDropLion(MaskedOptimizer):
         steps_per_epoch: int | None = None,
         effect: str | None = None,
         state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
         backend: str = "auto",
         active_state: bool = False,
     ):
@@ -55,6 +56,7 @@ class GradDropLion(MaskedOptimizer):
             steps_per_epoch=steps_per_epoch,
             effect=effect,
             state_dtype=state_dtype,
+            rounding=rounding,
             backend=backend,
             active_state=active_state,
         )

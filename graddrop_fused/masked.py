@@ -20,7 +20,8 @@ from .checks import check_bool
 from .clock import Clock
 from .contract import Mask
 from .cuda_graph import check_not_capturing
-from .groups import Layers, Member, members, policy_of
+from .fakes import check_no_fake_mode, is_fake
+from .groups import Layers, Member, members, policy_of, rounds_stochastically
 from .numbers import DeviceNumbers, HostNumbers, StepNumbers
 from .policies import Policy, Row
 from .rules import Rule
@@ -46,6 +47,7 @@ class MaskedOptimizer(Optimizer):
         steps_per_epoch: int | None,
         effect: str | None,
         state_dtype: torch.dtype | None,
+        rounding: str,
         backend: str,
         active_state: bool = False,
     ):
@@ -62,6 +64,7 @@ class MaskedOptimizer(Optimizer):
         self._inside_backward: InsideBackward | None = None
         self._switched_off: set[int] = set()  # id(param): its missing gradient is zero (skip_dropped_layers)
         defaults = {**hyperparameters, "capturable": capturable, "drop": drop, "effect": effect}
+        defaults["rounding"] = rounding
         validate.group_options(defaults, self.rule_class)
         super().__init__(params, defaults)
         validate.all_groups(self.param_groups)
@@ -142,25 +145,64 @@ class MaskedOptimizer(Optimizer):
                 if found_inf.item():
                     return loss
                 found_inf = None
+        if self._plan is None and self._all_fake():
+            self._step_on_fakes()
+            return loss
         plan = self._fitting_plan()
         try:
             prepare = self._prepare_on_devices if capturable else self._prepare_on_host
             commit = prepare(plan, found_inf)
             with UninterruptedByKeyboard():
-                self._launch(plan, grad_scale, found_inf)
-                commit()
+                self._launch(plan, commit, grad_scale, found_inf)
         finally:
             plan.release_gradients()
         return loss
 
-    def _launch(self, plan: Plan, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+    def _launch(
+        self,
+        plan: Plan,
+        commit: Callable[[], None],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Update what is in ``plan``, and ``commit`` the step.
+
+        All that may fail comes before the first launch, but for what the reference allocates between two tensors. A
+        step that is broken off there is one in which the rest had no gradients: it counts, unless it reached nothing.
+        """
+        for bucket in plan.buckets:
+            bucket.batch.done = 0
+        launches = []
         for bucket in plan.buckets:
             scale, inf = _to(grad_scale, bucket.device), _to(found_inf, bucket.device)
-            bucket.backend.update(bucket.batch, bucket.rule, seed=self.seed, grad_scale=scale, found_inf=inf)
-            bucket.commit()
+            launches.append(
+                bucket.backend.prepare(bucket.batch, bucket.rule, seed=self.seed, grad_scale=scale, found_inf=inf)
+            )
+        try:
+            for bucket, launch in zip(plan.buckets, launches, strict=True):
+                bucket.run(launch)
+        except BaseException:
+            if any(bucket.batch.done for bucket in plan.buckets):
+                commit()
+            raise
+        commit()
 
     def _capturable(self) -> bool:
         return bool(self.param_groups and self.param_groups[0]["capturable"])
+
+    def _all_fake(self) -> bool:
+        params = [p for group in self.param_groups for p in group["params"]]
+        return bool(params) and all(map(is_fake, params))
+
+    def _step_on_fakes(self) -> None:
+        """Under FakeTensorMode a step makes its state, for those who count memory: kernels allocate nothing else."""
+        for member in members(self.param_groups):
+            if member.param.grad is not None:
+                validate.gradient(member, member.param.grad)
+                rule, entry = self.rule_class.of(self.param_groups[member.group]), self.state[member.param]
+                entry.update(state.complete(entry, member.param, rule, state.dtype_of(member.param, self.state_dtype)))
+                entry["step"] += 1
+        self._clock.draw = self.param_groups[0]["draw"] = self._clock.next_draw()
 
     def _prepare_on_host(self, plan: Plan, found_inf: None) -> Callable[[], None]:
         """Make every bucket ready for the coming step; returns what counts it."""
@@ -174,7 +216,8 @@ class MaskedOptimizer(Optimizer):
             if coming.packed:
                 bucket.pack(coming.packed, self.seed)
             bucket.prepare_on_host(
-                {g: group_step(groups[g], bucket.rule, *coming.rows[g], effects[g]) for g in bucket.by_group}
+                {g: group_step(groups[g], bucket.rule, *coming.rows[g], effects[g]) for g in bucket.by_group},
+                coming.draw,
             )
 
     def _count(self, coming: StepNumbers) -> None:
@@ -187,9 +230,9 @@ class MaskedOptimizer(Optimizer):
             self._device_numbers[device] = DeviceNumbers(groups, plan.layers, self._clock, device)
         now = {d: numbers.advance(_to(found_inf, d)) for d, numbers in self._device_numbers.items()}
         for bucket in plan.buckets:
-            pairs = self._device_numbers[bucket.device].pairs
-            bucket.batch.pairs = frozenset().union(*(pairs[group] for group in bucket.by_group))
-            bucket.prepare_on_device(groups, now[bucket.device], _to(found_inf, bucket.device))
+            numbers = self._device_numbers[bucket.device]
+            bucket.batch.pairs = frozenset().union(*(numbers.pairs[group] for group in bucket.by_group))
+            bucket.prepare_on_device(groups, now[bucket.device], numbers.next_draw, _to(found_inf, bucket.device))
 
         def commit():
             for numbers in self._device_numbers.values():
@@ -203,6 +246,7 @@ class MaskedOptimizer(Optimizer):
 
     def _fitting_plan(self) -> Plan:
         """A plan whose buckets have taken the gradients of now: the last one, unless it no longer fits."""
+        check_no_fake_mode()
         self._check_shown_clock()
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
@@ -232,7 +276,8 @@ class MaskedOptimizer(Optimizer):
 
     def _plan_key(self) -> tuple:
         key = tuple(
-            (g["drop"], g["effect"], g.get("layer"), g["capturable"], self.rule_class.of(g)) for g in self.param_groups
+            (g["drop"], g["effect"], g.get("rounding"), g.get("layer"), g["capturable"], self.rule_class.of(g))
+            for g in self.param_groups
         )
         if not self.active_state:
             return key
@@ -274,18 +319,24 @@ class MaskedOptimizer(Optimizer):
 
         def key_of(i):
             grad_dtype = params[i].dtype if grads[i] is None else grads[i].dtype
-            return rules[every[i].group], grad_dtype, state.dtype_of(params[i], self.state_dtype)
+            kinds = state.dtype_of(params[i], self.state_dtype), rounds_stochastically(groups[every[i].group])
+            return rules[every[i].group], grad_dtype, kinds
 
         ordinary, compact = self._turn_over(key, every, wanted, rules)
         make = partial(make_buckets, groups, every)
         choose = partial(dispatch.choose_for, self.backend)
         buckets = make(ordinary, key_of, choose, on_device=self._capturable(), bucket_class=UpdateBucket)
-        for bucket in buckets:
-            dtype = state.dtype_of(bucket.params[0], self.state_dtype)
-            bucket.give_state(state.adopt(bucket.members, self.state, bucket.rule, dtype))
+        missing = [
+            state.missing(b.members, self.state, b.rule, state.dtype_of(b.params[0], self.state_dtype)) for b in buckets
+        ]
+        for bucket, entries in zip(buckets, missing, strict=True):
+            bucket.give_state(state.adopt(bucket.members, self.state, entries))
         for bucket in make(compact, key_of, partial(active.choose, self.backend), bucket_class=active.ActiveBucket):
             bucket.give_state([self.state[p] for p in bucket.params])
             buckets.append(bucket)
+        for bucket in buckets:
+            if rounds_stochastically(groups[bucket.members[0].group]):
+                bucket.round_stochastically()
         stateless = sorted(set(range(len(params))).difference(wanted))
         layers = Layers.of(groups)
         numbers = HostNumbers(groups, layers)
@@ -353,9 +404,8 @@ class MaskedOptimizer(Optimizer):
     def _check_shown_clock(self) -> None:
         if not self.param_groups:
             return
+        # under capturable both have the draw that was last read from the device
         shown, clock = self.param_groups[0], self._clock.state()
-        if self._device_numbers:
-            del clock["draw"]  # known to the device alone
         if all([shown.get(name) == value for name, value in clock.items()]):
             return
         for name, value in clock.items():

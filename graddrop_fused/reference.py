@@ -4,11 +4,14 @@ Source: "Gradient Sparsification for Masked Fine-Tuning of Transformers", equati
 rules.py. Runs on any device, for any dense tensor.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from . import mask_stream
-from .contract import Batch, Effect, Integer, Mask, Real, Runs, Scattered, elements
+from .contract import Batch, Effect, Integer, Mask, Real, Rounding, Runs, Scattered, elements
+from .mask_stream import Purpose
 from .rules import Rule
 
 _CHUNK = 1 << 22  # elements whose random numbers are held at once
@@ -26,14 +29,27 @@ def update(
 
     ``grad_scale`` (AMP) divides every gradient; where ``found_inf`` is nonzero nothing changes.
     """
+    prepare(batch, rule, seed=seed, grad_scale=grad_scale, found_inf=found_inf)()
+
+
+def prepare(
+    batch: Batch, rule: Rule, *, seed: int, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+) -> Callable[[], None]:
+    """:func:`update` up to its launch, which is returned. It allocates as it goes, and so may be broken off between two
+    tensors; ``batch.done`` then says how many are updated."""
     if found_inf is not None and found_inf.item():
-        return
+        return lambda: None
     inv_grad_scale = 1.0 if grad_scale is None else grad_scale.double().reciprocal().item()
-    for i in range(len(batch.params)):
-        if batch.runs is None:
-            _update(batch, rule, i, seed, inv_grad_scale)
-        else:
-            _update_runs(batch, batch.runs, rule, i, seed, inv_grad_scale)
+
+    def launch() -> None:
+        for i in range(len(batch.params)):
+            if batch.runs is None:
+                _update(batch, rule, i, seed, inv_grad_scale)
+            else:
+                _update_runs(batch, batch.runs, rule, i, seed, inv_grad_scale)
+            batch.done = i + 1
+
+    return launch
 
 
 def _update_runs(batch: Batch, runs: Runs, rule: Rule, i: int, seed: int, inv_grad_scale: float) -> None:
@@ -42,6 +58,7 @@ def _update_runs(batch: Batch, runs: Runs, rule: Rule, i: int, seed: int, inv_gr
     rows, contiguous = runs.of_tensor(i), param.is_contiguous()
     param = param.view(-1) if contiguous else param
     _, alike = torch.cat([batch.integers[rows].double(), batch.reals[rows]], 1).unique(dim=0, return_inverse=True)
+    writes = []
     for kind in range(int(alike.max()) + 1 if len(alike) else 0):
         these = (alike == kind).nonzero().reshape(-1) + rows.start
         lengths = runs.lengths[these]
@@ -55,11 +72,13 @@ def _update_runs(batch: Batch, runs: Runs, rule: Rule, i: int, seed: int, inv_gr
             reals=batch.reals[these[:1]],
             grads=[None if grad is None else grad.reshape(-1)[places]],
             states=[[state[in_state]] for state in states],
+            rounding=None if batch.rounding is None else batch.rounding[these[:1]],
         )
         _update(part, rule, 0, seed, inv_grad_scale)
-        param[at] = part.params[0]
-        for state, (new,) in zip(states, part.states, strict=True):
-            state[in_state] = new
+        writes.append((param, at, part.params[0]))
+        writes += [(state, in_state, new) for state, (new,) in zip(states, part.states, strict=True)]
+    for tensor, at, value in writes:  # only now, since memory may run out before
+        tensor[at] = value
 
 
 def _update(batch: Batch, rule: Rule, i: int, seed: int, inv_grad_scale: float) -> None:
@@ -77,9 +96,14 @@ def _update(batch: Batch, rule: Rule, i: int, seed: int, inv_grad_scale: float) 
 
     new_p, new_states = rule.update(p, g, [state.to(dtype) for state in states], factors)
 
-    _assign(param, new_p, True if effect == Effect.GRADIENT else kept)
-    for state, new_state in zip(states, new_states, strict=True):
-        _assign(state, new_state, kept if effect == Effect.FREEZE else True)
+    new_p = _rounded(batch, i, seed, new_p, param.dtype, Purpose.ROUND_PARAM)
+    writes = [(param, _selected(new_p, True if effect == Effect.GRADIENT else kept, param))]
+    for k, (state, new_state) in enumerate(zip(states, new_states, strict=True)):
+        new_state = _rounded(batch, i, seed, new_state, state.dtype, Purpose(Purpose.ROUND_STATE_0 + k))
+        writes.append((state, _selected(new_state, kept if effect == Effect.FREEZE else True, state)))
+    for tensor, value in writes:  # only now, since memory may run out before
+        if value is not None:
+            tensor.copy_(value)
 
 
 def pack(batch: Batch, *, seed: int) -> None:
@@ -124,6 +148,16 @@ def _noise(batch: Batch, i: int, seed: int, dtype: torch.dtype) -> Tensor | floa
     )
 
 
+def _rounded(batch: Batch, i: int, seed: int, value: Tensor, dtype: torch.dtype, purpose: Purpose) -> Tensor:
+    """``value`` in ``dtype``: to nearest, or bfloat16 by the mask stream's own numbers."""
+    if batch.rounding is None or dtype != torch.bfloat16:
+        return value.to(dtype)
+    draw, stream_id = (int(batch.rounding[i, column]) for column in Rounding)
+    at = {"seed": seed, "draw": draw, "stream_id": stream_id, "purpose": purpose}
+    random = _by_chunks(batch, i, torch.int32, lambda e: mask_stream.element_random(e, **at))
+    return mask_stream.round_stochastically(value, random)
+
+
 def _by_chunks(batch: Batch, i: int, dtype: torch.dtype, values) -> Tensor:
     """``values(global element indices)`` for the whole local tensor, in its shape."""
     shard, device = batch.shards[i], (batch.params or batch.packed)[i].device
@@ -141,9 +175,8 @@ def _masked(g: Tensor, kept: Tensor | bool) -> Tensor:
     return g if kept else torch.zeros_like(g)
 
 
-def _assign(tensor: Tensor, value: Tensor, kept: Tensor | bool) -> None:
-    """``tensor[kept] = value[kept]``; elements that are not kept keep their bits."""
+def _selected(value: Tensor, kept: Tensor | bool, tensor: Tensor) -> Tensor | None:
+    """``value`` where it is kept, and ``tensor`` elsewhere, whose elements keep their bits; None if that is all."""
     if isinstance(kept, Tensor):
-        tensor.copy_(torch.where(kept, value.to(tensor.dtype), tensor))
-    elif kept:
-        tensor.copy_(value)
+        return torch.where(kept, value.to(tensor.dtype), tensor)
+    return value if kept else None

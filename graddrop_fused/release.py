@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from . import validate
 from .buckets import Plan
 from .cuda_graph import check_not_capturing
+from .fakes import check_no_fake_mode
 from .groups import Layers, members
 from .masked import MaskedOptimizer, UninterruptedByKeyboard
 from .numbers import HostNumbers, StepNumbers
@@ -155,6 +156,7 @@ class ReleasedGradients:
 
     def _begin(self) -> dict[int, _Part]:
         optimizer = self._optimizer
+        check_no_fake_mode()
         optimizer._check_shown_clock()
         _check_not_capturable(optimizer)
         check_not_capturing()
@@ -184,11 +186,14 @@ class ReleasedGradients:
             optimizer._fill_on_host(plan, coming)
             with UninterruptedByKeyboard():
                 self._coming = coming
-                optimizer._launch(plan)
-                self.updated |= with_gradient | switched_off
-                for param in params:
-                    if id(param) in with_gradient:
-                        param.grad = None
+                try:
+                    optimizer._launch(plan, commit=lambda: None)
+                finally:
+                    done = plan.updated() & (with_gradient | switched_off)
+                    self.updated |= done
+                    for param in params:
+                        if id(param) in with_gradient & done:
+                            param.grad = None
         finally:
             plan.release_gradients()
 

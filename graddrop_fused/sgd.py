@@ -18,7 +18,8 @@ class GradDropSGD(MaskedOptimizer):
 
     Args:
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
-        capturable, drop, seed, steps_per_epoch, effect, state_dtype, backend, active_state: as in GradDropAdamW.
+        capturable, drop, seed, steps_per_epoch, effect, state_dtype, rounding, backend, active_state: as in
+        GradDropAdamW.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -47,6 +48,7 @@ class GradDropSGD(MaskedOptimizer):
         steps_per_epoch: int | None = None,
         effect: str | None = None,
         state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
         backend: str = "auto",
         active_state: bool = False,
     ):
@@ -69,6 +71,7 @@ class GradDropSGD(MaskedOptimizer):
             steps_per_epoch=steps_per_epoch,
             effect=effect,
             state_dtype=state_dtype,
+            rounding=rounding,
             backend=backend,
             active_state=active_state,
         )

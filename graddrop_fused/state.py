@@ -80,12 +80,16 @@ def _unusual(state: Tensor, param: Tensor) -> bool:
     return is_dtensor(param) and (not is_dtensor(state) or state.placements != param.placements)
 
 
-def adopt(members: Sequence[Member], state: dict[Tensor, Entry], rule: Rule, dtype: torch.dtype) -> list[Entry]:
-    """Each member's entry of ``state``, complete. Nothing has changed if memory runs out."""
-    found = [complete(state.get(m.param, {}), m.param, rule, dtype) for m in members]
+def missing(members: Sequence[Member], state: Mapping[Tensor, Entry], rule: Rule, dtype: torch.dtype) -> list[Entry]:
+    """What each member's entry of ``state`` lacks, made before anything changes, since memory may run out."""
+    return [complete(state.get(m.param, {}), m.param, rule, dtype) for m in members]
+
+
+def adopt(members: Sequence[Member], state: dict[Tensor, Entry], missing: Sequence[Entry]) -> list[Entry]:
+    """Each member's entry of ``state``, completed."""
     entries = [state[m.param] for m in members]
-    for entry, missing in zip(entries, found, strict=True):
-        entry.update(missing)
+    for entry, lacked in zip(entries, missing, strict=True):
+        entry.update(lacked)
     return entries
 
 

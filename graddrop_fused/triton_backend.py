@@ -10,7 +10,7 @@ import importlib
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -70,8 +70,15 @@ def update(
     ``grad_scale`` (AMP) divides every gradient; where ``found_inf`` is nonzero nothing changes. Both are one-element
     tensors on the batch's device and are read there.
     """
+    prepare(batch, rule, seed=seed, grad_scale=grad_scale, found_inf=found_inf)()
+
+
+def prepare(
+    batch: Batch, rule: Rule, *, seed: int, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+) -> Callable[[], None]:
+    """:func:`update` up to its launch, which is returned; only a kernel that must be compiled yet can fail there."""
     if not any(shard.numel for shard in batch.shards):
-        return
+        return lambda: None
     from .kernels.triton.kernels import update_kernel
 
     device, param = batch.params[0].device, batch.params[0].dtype
@@ -79,22 +86,29 @@ def update(
     dtypes = param, grad, batch.states[0][0].dtype if batch.states else param
     with _on(device):
         tables = _tables(batch, device, in_memory_order=True)
-        integers, reals = _numbers(batch, device)
-        update_kernel[(len(tables.chunks),)](
-            chunks=tables.chunks,
-            layout=tables.layout_now(batch),
-            integers=integers,
-            reals=reals,
-            seed=seed,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
+        integers, reals, rounding = _numbers(batch, device)
+        arguments = {
+            "chunks": tables.chunks,
+            "layout": tables.layout_now(batch),
+            "integers": integers,
+            "reals": reals,
+            "rounding": rounding,
+            "seed": seed,
+            "grad_scale": grad_scale,
+            "found_inf": found_inf,
             **rule_constants(rule),
             **dtype_constants(dtypes),
             **kinds_and_effects(batch),
             **tables.indexing,
             **sizes(dtypes, _warp_size(device)),
             **OPTIONS,
-        )
+        }
+
+    def launch() -> None:
+        with _on(device):
+            update_kernel[(len(tables.chunks),)](**arguments)
+
+    return launch
 
 
 def pack(batch: Batch, *, seed: int) -> None:
@@ -199,14 +213,17 @@ def _on(device: torch.device):
     return contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
-def _numbers(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Batch.integers and Batch.reals on the device, from the host in one copy that nothing waits for."""
+def _numbers(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Batch's integers, reals and rounding on the device, from the host in one copy that nothing waits for."""
     if batch.integers.device == device:
-        return batch.integers, batch.reals
-    size = batch.reals.numel()
-    # the 64 bytes of a row of reals first: Triton compiles anew for a table that is not 16-byte aligned
-    both = to_device(torch.cat([batch.reals.reshape(-1).view(torch.int64), batch.integers.reshape(-1)]), device)
-    return both[size:], both[:size].view(torch.float64)
+        return batch.integers, batch.reals, batch.rounding
+    tables = [batch.reals.view(torch.int64), batch.integers]
+    if batch.rounding is not None:
+        tables.insert(1, batch.rounding)
+    # rows of 64 and of 16 bytes first: Triton compiles anew for a table that is not 16-byte aligned
+    copied = to_device(torch.cat([table.reshape(-1) for table in tables]), device)
+    reals, *rounding, integers = copied.split([table.numel() for table in tables])
+    return integers, reals.view(torch.float64), rounding[0] if rounding else None
 
 
 def _tables(batch: Batch, device: torch.device, in_memory_order: bool) -> "_Tables":

@@ -33,13 +33,14 @@ def test_command_reports_every_backend_and_passes():
     assert on_cpu["auto"].split()[-1] == ("cpu" if reason is None else "reference")
 
 
-@pytest.mark.parametrize("broken, said", [("pack", "known answer"), ("update", "torch.optim.AdamW")])
+@pytest.mark.parametrize("broken, said", [("pack", "known answer"), ("prepare", "torch.optim.AdamW")])
 def test_a_wrong_backend_is_found(monkeypatch, capsys, broken, said):
     right = getattr(reference, broken)
 
     def wrong(batch, *rule, **options):
-        right(batch, *rule, **options)
+        result = right(batch, *rule, **options)
         (batch.packed if broken == "pack" else batch.params)[0].view(-1)[0] += 1
+        return result
 
     monkeypatch.setattr(reference, broken, wrong)
     assert main.main([]) == 1
@@ -51,5 +52,5 @@ def test_a_crash_is_a_finding(monkeypatch):
     def crash(batch, rule, **options):
         raise OSError("no such kernel")
 
-    monkeypatch.setattr(reference, "update", crash)
+    monkeypatch.setattr(reference, "prepare", crash)
     assert main.self_check("reference", CPU) == "FAILED: OSError: no such kernel"

@@ -291,7 +291,7 @@ def test_empty_tensors_of_any_stride():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("failure", [MemoryError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["torch.empty", "pack", "update"])
+@pytest.mark.parametrize("where", ["torch.empty", "pack", "prepare"])
 def test_half_a_step_is_none(backend, failure, where, monkeypatch):
     """What fails before the kernel is called leaves counts, parameters and state of one step before."""
     params, optimizer = made(backend, drop=GradDropEpoch(0.5, toggle=True))
@@ -341,37 +341,6 @@ def test_a_refused_step_keeps_no_gradient_alive(backend):
     assert grad() is None
 
 
-def test_ctrl_c_in_a_step_waits_for_its_end():
-    import os
-    import signal
-
-    params, optimizer = made("reference", drop=GradDrop(0.5))
-    module = dispatch_reference()
-    right = module.update
-
-    def interrupted(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT)
-        right(*args, **kwargs)
-
-    module.update = interrupted
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            optimizer.step()
-    finally:
-        module.update = right
-    truth, expected = made("reference", drop=GradDrop(0.5))
-    expected.step()
-    assert optimizer.draw == 1
-    for name in params:
-        assert torch.equal(params[name], truth[name])
-
-
-def dispatch_reference():
-    from graddrop_fused import reference
-
-    return reference
-
-
 # Groups
 
 
@@ -386,6 +355,30 @@ def test_groups_show_live_values_and_refuse_others():
     assert optimizer.draw == 5
     optimizer.step()
     assert optimizer.draw == 6
+
+
+@pytest.mark.parametrize("read_before", [True, False])
+@pytest.mark.parametrize("name", ["draw", "seed", "epoch", "steps_per_epoch"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_clock_in_a_group_is_not_to_be_set_under_capturable(backend, name, read_before):
+    """Where the device counts alone, too; the steps go on as if nobody had tried."""
+    params, optimizer = made(backend, drop=GradDrop(0.5), capturable=True)
+    truth, expected = made(backend, drop=GradDrop(0.5), capturable=True)
+    for o in (optimizer, expected):
+        o.step()
+        o.step()
+    if read_before:
+        assert optimizer.draw == 2
+    before = everything(params, optimizer) if read_before else None
+    optimizer.param_groups[0][name] = 99
+    with pytest.raises(ValueError, match=f"{name} in a param group must stay .*, got 99"):
+        optimizer.step()
+    if before is not None:
+        assert_unchanged(before, params, optimizer)
+    for o in (optimizer, expected):
+        o.step()
+    assert optimizer.draw == expected.draw == 3
+    assert all(torch.equal(params[n], truth[n]) for n in params)
 
 
 @pytest.mark.parametrize(

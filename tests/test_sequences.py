@@ -227,8 +227,7 @@ class Sequences(RuleBasedStateMachine):
             finally:
                 clock[name] = then
 
-        if name != "draw" or not self.sides.first.opt._device_numbers:  # which alone know the draw
-            assert self.sides.each(operation)[0] == "raised"
+        assert self.sides.each(operation)[0] == "raised"
 
     @precondition(lambda self: len(self.sides.first.params) < 10)
     @rule(policy=st.sampled_from(POLICIES), effect=st.sampled_from(EFFECTS), shape=st.sampled_from([(7,), (9, 40)]))
@@ -386,6 +385,16 @@ def run(examples: int, operations: int, **settings) -> None:
 
 def test_fixed_sequences():
     run(*((6, 20) if INTERPRETED else (40, 25)), derandomize=True)
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_a_checkpoint_after_a_parameter_moved(which):
+    """An empty parameter among them, whose strides may be anything."""
+    sequence = Sequences()
+    sequence.begin(Start("lion", options={"drop": None, "capturable": True}))
+    sequence.step(("normal",) * 6, 3)
+    sequence.move_data("strided", which, 11)
+    sequence.load("same")
 
 
 @pytest.mark.slow

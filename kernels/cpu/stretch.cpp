@@ -4,6 +4,7 @@
 
 #include "elements.h"
 #include "mask_words.h"
+#include "rounding.h"
 
 namespace graddrop {
 namespace {
@@ -28,6 +29,7 @@ class Update {
         row_(call.layout[tensor]),
         effect_(call.integers[tensor].effect),
         words_(level, call, tensor),
+        random_(level, call, tensor),
         drops_all_(words_.kind() == Mask::DROP),
         reads_grad_(row_.grad != 0 && !(drops_all_ && effect_ == Effect::GRADIENT)),
         noisy_(words_.kind() == Mask::GAUSSIAN && effect_ != Effect::UPDATE && reads_grad_),
@@ -35,7 +37,7 @@ class Update {
         real_(arithmetic(call.dtypes.param)),
         states_(static_cast<int>(call.states)),
         factors_(factors_of(call.reals[tensor], reads_grad_ ? call.inv_grad_scale : 0.0)),
-        in_place_(level.kernels(call.rule, call.dtypes)),
+        in_place_(random_.any() ? Kernels{} : level.kernels(call.rule, call.dtypes)),
         on_copies_(level.kernels(call.rule, {real_, real_, real_})) {
     param_.set(row_.param, call.dtypes.param, real_);
     grad_.set(row_.grad, call.dtypes.grad, real_);
@@ -123,8 +125,8 @@ class Update {
     tile.param = param_.take(level_, e, e.param);
     for (int k = 0; k < states_; ++k) tile.state[k] = state_[k].take(level_, e, e.param);
     on_copies_[select_of(effect_)](tile, factors_);
-    param_.put(level_, e, e.param);
-    for (int k = 0; k < states_; ++k) state_[k].put(level_, e, e.param);
+    param_.put(level_, e, e.param, random_.of(e, Purpose::ROUND_PARAM));
+    for (int k = 0; k < states_; ++k) state_[k].put(level_, e, e.param, random_.of(e, round_state(k)));
   }
 
   const char* gradient(const Elements& e) {
@@ -154,6 +156,7 @@ class Update {
   const Layout& row_;
   const Effect effect_;
   MaskWords words_;
+  RandomNumbers random_;
   const bool drops_all_, reads_grad_, noisy_;
   const double noise_std_;
   const Dtype real_;

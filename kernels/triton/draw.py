@@ -104,30 +104,36 @@ def block_kept(number, window, key):
 
 
 @triton.jit
-def block_at(offset, first, block, window, key):
-    """Decisions of the blocks at ``first + offset``: ``first`` one global index, ``offset`` (int32) up to a chunk's.
+def block_origin(first, block):
+    """What :func:`block_at` needs from the global index ``first``: its block, how far to the next, its size.
 
-    Divides in 32 bits: how far from the end of the first element's block, in blocks.
+    The one division of 64 bits, made once for a chunk: it takes more registers than all the rest.
     """
     number = first // block
-    beyond = offset - tl.minimum((number + 1) * block - first, FAR).to(tl.int32)
-    further = 1 + beyond.to(tl.uint32) // tl.minimum(block, FAR).to(tl.uint32)
-    return block_kept(number + tl.where(beyond < 0, 0, further), window, key)
+    return number, tl.minimum((number + 1) * block - first, FAR).to(tl.int32), tl.minimum(block, FAR).to(tl.uint32)
+
+
+@triton.jit
+def block_at(offset, origin, window, key):
+    """Decisions of the blocks at ``offset`` (int32, up to a chunk's) from that of ``origin``."""
+    number, to_next, size = origin
+    beyond = offset - to_next
+    return block_kept(number + tl.where(beyond < 0, 0, 1 + beyond.to(tl.uint32) // size), window, key)
 
 
 # Wide
 
 
 @triton.jit
-def whole_tiles_kept(kind, first, block, window, key, KINDS: tl.constexpr, TILES: tl.constexpr):
+def whole_tiles_kept(kind, tile, origin, window, key, KINDS: tl.constexpr, TILES: tl.constexpr):
     """[TILES, 1]: False where a whole tile is dropped at once, by DROP or as part of a dropped block.
 
-    ``first``: global index of the first element, a multiple of 128, as ``block`` is here.
+    ``tile``: the first one, counted from that of ``origin``, which is of :func:`block_origin` in tiles.
     """
     kept = tl.zeros([TILES, 1], tl.int32) + kind.to(tl.int32) != DROP
     if BLOCK_BIT & KINDS:
         if kind == BLOCK:
-            kept = block_at(tl.arange(0, TILES)[:, None], first // TILE, block // TILE, window, key)
+            kept = block_at(tile.to(tl.int32) + tl.arange(0, TILES)[:, None], origin, window, key)
     return kept
 
 
@@ -135,7 +141,8 @@ def whole_tiles_kept(kind, first, block, window, key, KINDS: tl.constexpr, TILES
 def wide_kept(kind, whole, first, packed, window, key, KINDS: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr):
     """Each thread's decisions, [TILES, PARTS].
 
-    ``first``: as above. ``whole``: of whole_tiles_kept. ``packed``: at the first tile's words, 16-byte aligned.
+    ``first``: global index of the first element, a multiple of 128. ``whole``: of whole_tiles_kept. ``packed``: at the
+    first tile's words, 16-byte aligned.
     """
     bits = tl.broadcast_to(tl.where(whole, -1, 0), [TILES, 32 // VECTOR])
     if ELEMENT_BIT & KINDS:
@@ -217,14 +224,12 @@ def two_bits(word, window):
 
 
 @triton.jit
-def narrow_kept(
-    kind, offset, inside, first, index, packed, block, window, key, KINDS: tl.constexpr, TILES: tl.constexpr
-):
+def narrow_kept(kind, offset, inside, first, packed, origin, window, key, KINDS: tl.constexpr, TILES: tl.constexpr):
     """Each thread's four decisions, four [TILES, 32].
 
-    ``offset``: int32, [TILES, 32], the thread's first element, counted from that of the chunk, which has the global
-    index ``index`` and stands at bit 0 of ``packed``. ``first``: global index of the pass's first element, a multiple
-    of 128. ``inside``: four [TILES, 32], is the element in the chunk?
+    ``offset``: int32, [TILES, 32], the thread's first element, counted from that of the chunk, which stands at bit 0 of
+    ``packed`` and at the :func:`block_origin` ``origin``. ``first``: global index of the pass's first element, a
+    multiple of 128. ``inside``: four [TILES, 32], is the element in the chunk?
     """
     k0 = tl.zeros([TILES, 32], tl.int32) + kind.to(tl.int32) != DROP
     k1, k2, k3 = k0, k0, k0
@@ -235,7 +240,7 @@ def narrow_kept(
         if kind == BLOCK:
             bits = tl.zeros([TILES, 32], tl.int32)
             for w in range(4):  # one after another, for registers
-                bits |= block_at(offset + 32 * w, index, block, window, key).to(tl.int32) << w
+                bits |= block_at(offset + 32 * w, origin, window, key).to(tl.int32) << w
             k0, k1, k2, k3 = bits & 1 != 0, bits & 2 != 0, bits & 4 != 0, bits & 8 != 0
     if PACKED_BIT & KINDS:
         if kind == PACKED:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .draw import (
+    block_origin,
     kept_at,
     mask_numbers,
     narrow_kept,
@@ -26,6 +27,16 @@ from .draw import (
 from .effects import takes_grad, writes_param, writes_state
 from .gaussian import narrow_noise, strided_noise, wide_noise
 from .memory import aligned, chunk_at, dimensions, is_linear, load_tiles, locate, pointer, store_tiles
+from .rounding import (
+    narrow_random,
+    narrow_words,
+    rounded_values,
+    rounding_key,
+    stored,
+    strided_random,
+    wide_random,
+    wide_words,
+)
 from .tables import (
     BLOCK,
     BLOCK_BIT,
@@ -45,6 +56,7 @@ from .tables import (
     PACKED_WORDS,
     PARAM,
     REALS,
+    ROUNDINGS,
     STATE,
     TILE,
     UPDATE,
@@ -57,6 +69,7 @@ def update_kernel(
     layout,  # (tensors, 45), int64: device_rows.DeviceRow
     integers,  # (tensors, 7), int64: contract.Integer
     reals,  # (tensors, 8), float64: contract.Real
+    rounding,  # (tensors, 2), int64: contract.Rounding, or None to round to nearest
     seed: tl.uint64,
     grad_scale,  # one float, or None without AMP
     found_inf,  # one float, or None without AMP
@@ -82,6 +95,8 @@ def update_kernel(
     tensor, row, start, stop = chunk_at(chunks, layout, CHUNK)
     integers += tensor * INTEGERS
     reals += tensor * REALS
+    if rounding is not None:
+        rounding += tensor * ROUNDINGS
     seed = seed.to(tl.uint64)
     kind, effect = tl.load(integers + MASK_KIND), tl.load(integers + EFFECT)
     if (kind == DROP) & (effect == FREEZE):
@@ -94,7 +109,7 @@ def update_kernel(
     if DIMS > 0:
         if not is_linear(row):
             update_strided(
-                start, stop, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
+                start, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
                 PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, DIMS, WIDE, STRIDED,
             )  # fmt: skip
             return
@@ -108,12 +123,12 @@ def update_kernel(
 
     # the tail first: it needs fewer registers, and nothing of it stays in them during the wide passes
     update_narrow(
-        middle, stop, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
+        middle, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
         PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, NARROW,
     )  # fmt: skip
     if start < middle:
         update_wide(
-            start, middle, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
+            start, middle, row, integers, reals, rounding, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
             PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, TILES, VECTOR,
         )  # fmt: skip
 
@@ -123,12 +138,15 @@ def update_kernel(
 
 @triton.jit
 def update_wide(
-    start, stop, row, integers, reals, kind, effect, seed, grad_scale,
+    start, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
     TILES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
+    VALUES: tl.constexpr = rounded_values(STATES, STATE_DTYPE)
+    if rounding is not None:
+        random_key = rounding_key(rounding, seed)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
     window, block, key = mask_numbers(integers, seed)
     offset = tl.load(row + OFFSET)
@@ -138,10 +156,11 @@ def update_wide(
         state_ptrs = state_ptrs + (aligned(row + STATE + k, STATE_DTYPE),)
     packed = aligned(row + PACKED_WORDS, tl.int32)
     reads_grad = has_grad(row, kind, effect)
+    origin = block_origin((offset + start) // TILE, tl.maximum(block // TILE, 1))
 
     for first in range(start, stop, TILES * TILE):
         first = tl.multiple_of(first, TILE)
-        whole = whole_tiles_kept(kind, offset + first, block, window, key, KINDS, TILES)
+        whole = whole_tiles_kept(kind, (first - start) // TILE, origin, window, key, KINDS, TILES)
         bits = wide_kept(kind, whole, offset + first, packed + first // 32, window, key, KINDS, TILES, VECTOR)
         whole = whole[:, :, None]
         live, any_live = tl.full([TILES, 1, 1], True, tl.int1), True
@@ -153,6 +172,8 @@ def update_wide(
             grad_live = tl.where(reads_grad, takes_grad(whole, effect), False)
             if GAUSSIAN_BIT & KINDS:
                 noise = wide_noise(offset + first, key, TILES, VECTOR)
+            if rounding is not None:
+                drawn = wide_words(offset + first, random_key, VALUES, TILES)
             for w in tl.static_range(4):
                 at = first + w * 32
                 kept = kept_at(bits, w, VECTOR)
@@ -166,22 +187,29 @@ def update_wide(
                     g = g * (1 + std * noise[w])
                 g = tl.where(takes_grad(kept, effect), g * grad_factor, 0.0)
                 p, states = RULE(p_raw.to(dtype), g, states, factors)
+                random = ()
+                if rounding is not None:
+                    random = wide_random(drawn, w, VALUES, TILES)
                 # a select of the raw values: a frozen element keeps its bits, and the store its full width
-                p = tl.where(writes_param(kept, effect), p.to(PARAM_DTYPE), p_raw)
+                p = tl.where(writes_param(kept, effect), stored(p, PARAM_DTYPE, random, 0), p_raw)
                 store_tiles(p_ptr + at, p, live, TILES, VECTOR)
                 for k in tl.static_range(STATES):
-                    new = tl.where(writes_state(kept, effect), states[k].to(STATE_DTYPE), old[k])
+                    new = stored(states[k], STATE_DTYPE, random, 1 + k)
+                    new = tl.where(writes_state(kept, effect), new, old[k])
                     store_tiles(state_ptrs[k] + at, new, live, TILES, VECTOR)
 
 
 @triton.jit
 def update_narrow(
-    start, stop, row, integers, reals, kind, effect, seed, grad_scale,
+    start, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
     NARROW: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
+    VALUES: tl.constexpr = rounded_values(STATES, STATE_DTYPE)
+    if rounding is not None:
+        random_key = rounding_key(rounding, seed)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
     window, block, key = mask_numbers(integers, seed)
     # from here on everything is counted from the chunk's part of the tensor, in 32 bits
@@ -193,6 +221,7 @@ def update_narrow(
     packed = pointer(row + PACKED_WORDS, tl.int32) + start // 32
     reads_grad = has_grad(row, kind, effect)
     into_tile = (index % TILE).to(tl.int32)
+    origin = block_origin(index, block)
 
     for base in range(-into_tile, count, NARROW * TILE):
         offset = base + tl.arange(0, NARROW)[:, None] * TILE + tl.arange(0, 32)[None, :]
@@ -202,27 +231,35 @@ def update_narrow(
             in_range(offset + 64, count),
             in_range(offset + 96, count),
         )
-        kept = narrow_kept(kind, offset, inside, index + base, index, packed, block, window, key, KINDS, NARROW)
+        kept = narrow_kept(kind, offset, inside, index + base, packed, origin, window, key, KINDS, NARROW)
         if GAUSSIAN_BIT & KINDS:
             noise = narrow_noise(index + base, key, NARROW)
+        if rounding is not None:
+            drawn = narrow_words(index + base, random_key, VALUES, NARROW)
         for w in tl.static_range(4):
             factor = grad_factor
             if GAUSSIAN_BIT & KINDS:
                 factor = (1 + std * noise[w]) * grad_factor
+            random = ()
+            if rounding is not None:
+                random = narrow_random(drawn, w, VALUES)
             update_at(
                 p_ptr + offset, g_ptr + offset, state_ptrs, offset, 32 * w, inside[w], kept[w], reads_grad, effect,
-                factor, factors, RULE, STATES, dtype,
+                factor, factors, random, RULE, STATES, dtype,
             )  # fmt: skip
 
 
 @triton.jit
 def update_strided(
-    start, stop, row, integers, reals, kind, effect, seed, grad_scale,
+    start, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
     DIMS: tl.constexpr, WIDE: tl.constexpr, STRIDED: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
+    VALUES: tl.constexpr = rounded_values(STATES, STATE_DTYPE)
+    if rounding is not None:
+        random_key = rounding_key(rounding, seed)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
     window, block, key = mask_numbers(integers, seed)
     offset = tl.load(row + OFFSET)
@@ -244,16 +281,19 @@ def update_strided(
         factor = grad_factor
         if GAUSSIAN_BIT & KINDS:
             factor = (1 + std * strided_noise(index, key)) * grad_factor
+        random = ()
+        if rounding is not None:
+            random = strided_random(index, random_key, VALUES)
         update_at(
             p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, 0, inside, kept, reads_grad, effect,
-            factor, factors, RULE, STATES, dtype,
+            factor, factors, random, RULE, STATES, dtype,
         )  # fmt: skip
 
 
 @triton.jit
 def update_at(
     p_ptr, g_ptr, state_ptrs, offset, SHIFT: tl.constexpr, inside, kept, reads_grad, effect, grad_factor, factors,
-    RULE: tl.constexpr, STATES: tl.constexpr, dtype: tl.constexpr,
+    random, RULE: tl.constexpr, STATES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """An element for each pointer of ``p_ptr`` and ``g_ptr``, SHIFT elements on; the states' is at ``offset``."""
     live = inside & writes_state(kept, effect)
@@ -264,9 +304,11 @@ def update_at(
     for k in tl.static_range(STATES):
         states = states + (tl.load(state_ptrs[k] + offset + SHIFT, mask=live).to(dtype),)
     p, states = RULE(p, g * grad_factor, states, factors)
-    tl.store(p_ptr + SHIFT, p.to(p_ptr.dtype.element_ty), mask=inside & writes_param(kept, effect))
+    p = stored(p, p_ptr.dtype.element_ty, random, 0)
+    tl.store(p_ptr + SHIFT, p, mask=inside & writes_param(kept, effect))
     for k in tl.static_range(STATES):
-        tl.store(state_ptrs[k] + offset + SHIFT, states[k].to(state_ptrs[k].dtype.element_ty), mask=live)
+        new = stored(states[k], state_ptrs[k].dtype.element_ty, random, 1 + k)
+        tl.store(state_ptrs[k] + offset + SHIFT, new, mask=live)
 
 
 @triton.constexpr_function
@@ -325,9 +367,10 @@ def pack_kernel(
         fast &= (kind != BLOCK) | (block % TILE == 0)
     middle = start + tl.where(fast, (stop - start) // (TILES * TILE) * (TILES * TILE), 0)
     packed = aligned(row + PACKED_WORDS, tl.int32)
+    origin = block_origin((offset + start) // TILE, tl.maximum(block // TILE, 1))
     for first in range(start, middle, TILES * TILE):
         first = tl.multiple_of(first, TILE)
-        whole = whole_tiles_kept(kind, offset + first, block, window, key, KINDS, TILES)
+        whole = whole_tiles_kept(kind, (first - start) // TILE, origin, window, key, KINDS, TILES)
         words = tiles_words(kind, whole, offset + first, window, key, KINDS, TILES)
         at = first // 32 + tl.arange(0, TILES)[:, None] * 4 + tl.arange(0, 4)[None, :]
         tl.store(packed + at, words)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from graddrop_fused import mask_stream, reference
-from graddrop_fused.contract import Batch, Effect, Integer, Mask, Real, Shard
+from graddrop_fused.contract import Batch, Effect, Integer, Mask, Real, Rounding, Shard
 from graddrop_fused.names import ID_BITS
 from graddrop_fused.rules import SGD, AdamW, Lion, MaskOnly, Rule
 
@@ -62,6 +62,7 @@ class Spec:
     momentum: float = 0.9
     dampening: float = 0.1
     nesterov: bool = False
+    rounded_at: tuple[int, int] = (3, 2**51 + 5)  # draw and stream id, where the case is stochastic
 
     def lo_span(self) -> tuple[int, int]:
         return mask_stream.bernoulli_window(self.p) if self.window is None else self.window
@@ -99,6 +100,7 @@ class Case:
     grad_scale: float | None = None
     found_inf: bool | None = None
     steps: int = 2
+    stochastic: bool = False  # rounding of bfloat16
 
     def __str__(self) -> str:
         return self.name
@@ -115,6 +117,7 @@ class Case:
             replace(
                 s,
                 draw=s.draw + k & mask_stream.WORD,
+                rounded_at=(s.rounded_at[0] + k & mask_stream.WORD, s.rounded_at[1]),
                 step=s.step + k,
                 lr=s.lr * 0.5,
                 p=s.p * 0.75,
@@ -300,8 +303,25 @@ def _others() -> list[Case]:
     ]
 
 
+def _stochastic() -> list[Case]:
+    dtypes = ((BF16, BF16, BF16), (BF16, F32, F32), (BF16, F16, BF16))
+    kinds = [
+        Case(f"{name}-{effect.name.lower()}", _all_kinds(effect=effect), *dtypes[(r + effect) % 3], rule=RULES[name])
+        for r, name in enumerate(("adamw", "amsgrad", "sgd", "momentum", "lion"))
+        for effect in Effect
+    ]
+    places = {"transposed", "channels-last-grad", "gaps", "offset-views", "empty-dimensions", "transposed-gaussian"}
+    kinds += [replace(c, param=BF16, grad=BF16, state=BF16) for c in _layouts() if c.name in places]
+    kinds += [replace(c, param=BF16, grad=F32, state=BF16) for c in _shards()]
+    wild = tuple(replace(s, grad="wild") for e in Effect for s in _all_kinds(effect=e))
+    kinds.append(Case("wild", wild, BF16, BF16, BF16))
+    kinds.append(Case("first-step", _all_kinds(step=1), BF16, BF16, BF16, grad_scale=8.0))
+    return [replace(case, name=f"stochastic-{case.name}", stochastic=True) for case in kinds]
+
+
 def _declared() -> list[Case]:
-    return _sizes_and_kinds() + _dtypes() + _layouts() + _shards() + _gradients_of_all_kinds() + _others()
+    plain = _sizes_and_kinds() + _dtypes() + _layouts() + _shards() + _gradients_of_all_kinds() + _others()
+    return plain + _stochastic()
 
 
 def _edges() -> list[Case]:
@@ -380,15 +400,17 @@ def specs(draw, masks=tuple(Mask)) -> Spec:
 def cases(draw, dtypes=tuple(DTYPES), masks=tuple(Mask), max_tensors: int = 5) -> Case:
     """Any case whose (param, grad, state) dtypes and mask kinds are among those given."""
     scale = draw(st.none() | st.sampled_from([1.0, 3.0, 128.0, 65536.0]))
+    combination = draw(st.sampled_from(dtypes))
     return Case(
         "fuzzed",
         tuple(draw(st.lists(specs(masks), min_size=1, max_size=max_tensors))),
-        *draw(st.sampled_from(dtypes)),
+        *combination,
         rule=draw(st.sampled_from(list(RULES.values()))),
         seed=draw(st.integers(0, 2**64 - 1)),
         grad_scale=scale,
         found_inf=None if scale is None else draw(st.sampled_from([False, False, False, True])),
         steps=draw(st.sampled_from([1, 1, 2])),
+        stochastic=combination[0] == BF16 and draw(st.booleans()),
     )
 
 
@@ -435,6 +457,7 @@ def _mapped(batch: Batch, function) -> Batch:
         grads=params if batch.grads is batch.params else each(batch.grads),
         states=[each(tensors) for tensors in batch.states],
         packed=each(batch.packed),
+        rounding=None if batch.rounding is None else batch.rounding.clone(),
     )
 
 
@@ -448,10 +471,11 @@ def in_float64(batch: Batch) -> Batch:
     return _mapped(batch, lambda t: t.to(F64 if t.is_floating_point() else t.dtype, copy=True))
 
 
-def _tables(case: Case) -> tuple[Tensor, Tensor]:
+def _tables(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    rounding = torch.tensor([s.rounded_at for s in case.specs], dtype=torch.int64).reshape(-1, len(Rounding))
     integers = torch.tensor([s.integers() for s in case.specs], dtype=torch.int64)
     reals = torch.tensor([s.reals(case.rule) for s in case.specs], dtype=F64)
-    return integers.reshape(-1, len(Integer)), reals.reshape(-1, Real.columns())
+    return integers.reshape(-1, len(Integer)), reals.reshape(-1, Real.columns()), rounding
 
 
 def build(case: Case, device="cpu", capturable: bool = False) -> Batch:
@@ -473,8 +497,9 @@ def build(case: Case, device="cpu", capturable: bool = False) -> Batch:
         words = mask_stream.pack_mask(uniform(spec) >= spec.p).to(device) if spec.mask == Mask.PACKED else None
         packed.append(None if words is None else _place(words, torch.int32))
     shards = [spec.shard or Shard.whole(spec.shape) for spec in case.specs]
-    integers, reals = (table.to(device if capturable else "cpu") for table in _tables(case))
+    integers, reals, rounding = (table.to(device if capturable else "cpu") for table in _tables(case))
     batch = Batch(params, shards, integers, reals, states=states, packed=packed)
+    batch.rounding = rounding if case.stochastic else None
     if capturable:
         batch.pairs = frozenset((s.mask, s.effect) for k in range(case.steps) for s in case.at_step(k).specs)
     batch.grads = _gradients(case, batch)
@@ -508,8 +533,9 @@ def _gradients(case: Case, batch: Batch) -> list[Tensor | None]:
 
 def _advance(case: Case, batch: Batch) -> None:
     """Give the batch the tables (in place) and gradients (new tensors) of a later call."""
-    for table, values in zip((batch.integers, batch.reals), _tables(case), strict=True):
-        table.copy_(values)
+    for table, values in zip((batch.integers, batch.reals, batch.rounding), _tables(case), strict=True):
+        if table is not None:
+            table.copy_(values)
     batch.grads = _gradients(case, batch)
 
 
@@ -539,6 +565,26 @@ def _assert_close(case: Case, i: int, what: str, actual: Tensor, truth: Tensor, 
     ok = ok | (actual.double() == truth) | (actual.isnan() & truth.isnan())
     overflows = truth.abs() + bound + stored >= info.max
     ok = ok | (actual.isinf() & (actual.sign() == truth.sign()) & overflows)
+    assert ok.all(), _say(case, i, what, ~ok) + f"\n{actual[~ok][:5].tolist()} for {truth[~ok][:5].tolist()}"
+
+
+def _random(case: Case, batch: Batch, i: int, name: str) -> Tensor:
+    """The numbers that round a tensor's values."""
+    value = 0 if name == "params" else 1 + int(name.removeprefix("state "))
+    draw, stream_id = batch.rounding[i].tolist()
+    elements = batch.shards[i].elements(0, batch.shards[i].numel, batch.params[i].device)
+    at = {"seed": case.seed, "draw": draw, "stream_id": stream_id}
+    purpose = mask_stream.Purpose(mask_stream.Purpose.ROUND_PARAM + value)
+    return mask_stream.element_random(elements, **at, purpose=purpose).reshape(batch.shards[i].shape)
+
+
+def _assert_rounded(
+    case: Case, i: int, what: str, actual: Tensor, truth: Tensor, bound: Tensor, random: Tensor
+) -> None:
+    """With given random numbers stochastic rounding is monotone: what it makes of truth +- bound are its bounds."""
+    bound = bound + truth.abs() * torch.finfo(F32).eps
+    low, high = (mask_stream.round_stochastically(x.to(F32), random) for x in (truth - bound, truth + bound))
+    ok = (low <= actual) & (actual <= high) | (actual.isnan() & truth.isnan()) | (actual.double() == truth)
     assert ok.all(), _say(case, i, what, ~ok) + f"\n{actual[~ok][:5].tolist()} for {truth[~ok][:5].tolist()}"
 
 
@@ -676,7 +722,10 @@ def _compare_update(case: Case, batch: Batch, before: Batch, before64: Batch, tr
             if frozen:
                 _assert_bits(case, i, f"{name}: a dropped element changed", actual, old, ~kept)
                 bound = torch.where(kept, bound, 0.0)
-            _assert_close(case, i, name, actual, right[name][i], bound)
+            if batch.rounding is not None and actual.dtype == BF16:
+                _assert_rounded(case, i, name, actual, right[name][i], bound, _random(case, batch, i, name))
+            else:
+                _assert_close(case, i, name, actual, right[name][i], bound)
 
 
 def check_mask(backend, case: Case, device="cpu") -> None:
@@ -684,7 +733,7 @@ def check_mask(backend, case: Case, device="cpu") -> None:
     dropped places included."""
     specs = (replace(s, grad="normal" if s.grad == "none" else s.grad, grad_expanded=False) for s in case.specs)
     specs = tuple(replace(s, effect=Effect.GRADIENT, maximize=False) for s in specs)
-    case = replace(case, specs=specs, rule=MaskOnly(), grad_scale=None, found_inf=None)
+    case = replace(case, specs=specs, rule=MaskOnly(), grad_scale=None, found_inf=None, stochastic=False)
     batch = build(case, device)
     for ones in (True, False):
         if ones:

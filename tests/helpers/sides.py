@@ -85,7 +85,7 @@ class Side:
         opt = self.opt
         groups = [{k: _plain(v) for k, v in g.items() if k != "params"} for g in opt.param_groups]
         entries = [
-            {k: (tuple(v.shape), v.dtype, v.stride()) if isinstance(v, Tensor) else v for k, v in opt.state[p].items()}
+            {k: (tuple(v.shape), v.dtype, _strides(v)) if isinstance(v, Tensor) else v for k, v in opt.state[p].items()}
             if p in opt.state
             else None
             for p in self.params
@@ -107,6 +107,13 @@ class Side:
 
 def _at(params: list[Tensor], wanted: Tensor) -> int:
     return next(i for i, p in enumerate(params) if p is wanted)
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Those that say where elements are: of a dimension of size 1, and of an empty tensor, they may be anything."""
+    if not tensor.numel():
+        return ()
+    return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
 
 
 def _plain(value: Any) -> Any:
