@@ -1,4 +1,4 @@
-"""What release_gradients and skip_dropped_rows save: time and peak memory of a training step.
+"""What release_gradients, skip_dropped_rows and active_state save: time and peak memory of a training step.
 
     python -m benchmarks.gradient_memory --p 0.9 --steps 12
 
@@ -10,6 +10,8 @@ Runs have equal models and data:
     released             the same with release_gradients
     rows                 the same with skip_dropped_rows
     rows, released       the same with both
+    active               active_state=True, with GradDropEpoch(p, block="row", toggle=True) and an epoch of 4 steps
+    all                  the same with both
 
 They take turns at every step; medians, quartiles and peak memory are those of benchmarks.layer_skipping. Where a run
 updates inside backward, its update is part of that time: the whole step is what to compare.
@@ -21,9 +23,9 @@ import torch
 
 from benchmarks import layer_skipping
 from benchmarks.harness import machine
-from graddrop_fused import GradDrop, GradDropAdamW, param_groups, release_gradients, skip_dropped_rows
+from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, param_groups, release_gradients, skip_dropped_rows
 
-RUNS = ("fine-tuning", "torch in backward", "masked", "released", "rows", "rows, released")
+RUNS = ("fine-tuning", "torch in backward", "masked", "released", "rows", "rows, released", "active", "all")
 RATIOS = [(run, "fine-tuning") for run in RUNS[1:]] + [("released", "masked"), ("rows", "masked")]
 
 
@@ -42,11 +44,18 @@ class Run(layer_skipping.Run):
         elif name == "torch in backward":
             self.optimizer = _InBackward(self.model)
         else:
-            groups = param_groups(self.model, drop=GradDrop(p=p, block="row"))
-            self.optimizer = GradDropAdamW(groups, lr=1e-5, effect=options.effect)
-        if "rows" in name:
+            active = name in ("active", "all")
+            drop = GradDropEpoch(p=p, block="row", toggle=True) if active else GradDrop(p=p, block="row")
+            self.optimizer = GradDropAdamW(
+                param_groups(self.model, drop=drop),
+                lr=1e-5,
+                effect=options.effect,
+                active_state=active,
+                steps_per_epoch=4 if active else None,
+            )
+        if "rows" in name or name == "all":
             skip_dropped_rows(self.model, self.optimizer)
-        if "released" in name:
+        if "released" in name or name == "all":
             release_gradients(self.model, self.optimizer)
 
 

@@ -19,7 +19,7 @@ def test_benchmark(capsys):
     trained = {name: list(run.model.parameters()) for name, run in runs.items()}
     assert all(map(torch.equal, trained["released"], trained["masked"]))
     assert all(map(torch.equal, trained["rows, released"], trained["rows"]))
-    for name, other in (("rows", "masked"), ("torch in backward", "fine-tuning")):
+    for name, other in (("rows", "masked"), ("all", "active"), ("torch in backward", "fine-tuning")):
         for p, q in zip(trained[name], trained[other], strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
     assert not torch.equal(trained["masked"][0], trained["fine-tuning"][0])
