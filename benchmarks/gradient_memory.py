@@ -10,7 +10,7 @@ Runs have equal models and data:
     released             the same with release_gradients
     rows                 the same with skip_dropped_rows
     rows, released       the same with both
-    active               active_state=True, with GradDropEpoch(p, block="row", toggle=True) and an epoch of 4 steps
+    active               active_state=True, with GradDropEpoch(p, block="row", toggle=True) and epochs of 2 steps
     all                  the same with both
 
 They take turns at every step; medians, quartiles and peak memory are those of benchmarks.layer_skipping. Where a run
@@ -51,7 +51,7 @@ class Run(layer_skipping.Run):
                 lr=1e-5,
                 effect=options.effect,
                 active_state=active,
-                steps_per_epoch=4 if active else None,
+                steps_per_epoch=2 if active else None,
             )
         if "rows" in name or name == "all":
             skip_dropped_rows(self.model, self.optimizer)
