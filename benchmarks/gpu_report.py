@@ -153,6 +153,7 @@ def compile_variant(variant: Variant, target: str):
         given |= triton_backend.rule_constants(rule) | triton_backend.dtype_constants(DTYPES[variant.dtypes])
         given |= {"grad_scale": None, "found_inf": None, "EFFECTS": EFFECTS[variant.effect]}
         given |= {"rounding": None} if variant.rounding == "nearest" else {}
+        given["OWN"] = rule.counts and (variant.mask, variant.effect) == ("block", "freeze")
     types = {
         "chunks": "*i64",
         "layout": "*i64",

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from . import mask_stream, reference, validate
+from .block_steps import BlockSteps
 from .contract import Batch, Effect, Integer, Mask, Real, Rounding, Shard
-from .groups import Layers, Member, block_of, is_layerwise, own_rescale_of, static_mask
+from .cuda_graph import to_device
+from .groups import Layers, Member, block_of, blocks_of, is_layerwise, own_rescale_of, static_mask
 from .numbers import HostNumbers
 from .rules import Rule
 from .shards import is_dtensor, local, local_gradient
-from .tables import DeviceTables, GroupStep, HostTables, Kind, runs
+from .tables import DeviceColumns, DeviceTables, GroupStep, HostTables, Kind, runs
 
 HOST = torch.device("cpu")
 
@@ -70,12 +72,13 @@ class Bucket:
     batch: Batch
     tables: HostTables | DeviceTables
     members: list[Member]
+    kinds: list[Kind]
     positions: list[int]  # each member's, in the flat list of all parameters
     grad_dtype: torch.dtype | None
     absent: list[int] = field(default_factory=list)  # tensors without a gradient in the coming step
     packed_with: dict[int, tuple] = field(default_factory=dict)  # group -> what its packed words were drawn with
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.params = [m.param for m in self.members]
         self.shapes = [p.shape for p in self.params]
         self.sharded = any(map(is_dtensor, self.params))
@@ -115,6 +118,11 @@ class Bucket:
             grads = [None if g is None else local_gradient(p, g) for p, g in zip(self.params, grads, strict=True)]
         self.absent, self.batch.grads = absent, list(grads)
         return True
+
+    def fill(self, steps: Mapping[int, GroupStep], t: Sequence[float]) -> None:
+        """Fill the tables, which are on the host. ``t``: step counts of the tensors, this step included."""
+        assert isinstance(self.tables, HostTables)
+        self.tables.fill(steps, t, self.absent)
 
     def pack(self, drawn_with: Mapping[int, tuple[int, int, int]], seed: int) -> None:
         """Bring the packed words of these groups' masks up to date.
@@ -158,8 +166,8 @@ def make_buckets(
     positions: Sequence[int],
     key_of: Callable[[int], tuple[Rule, torch.dtype | None, Any]],
     choose: Callable[[Tensor], ModuleType],
+    bucket_class: type[B],
     on_device: bool = False,
-    bucket_class: type[B] = Bucket,
 ) -> list[B]:
     """Sort the parameters at ``positions`` into buckets.
 
@@ -188,7 +196,7 @@ def _gather(
     all_members: Sequence[Member],
     rule: Rule,
     on_device: bool,
-) -> tuple[Batch, HostTables | DeviceTables, list[Member]]:
+) -> tuple[Batch, HostTables | DeviceTables, list[Member], list[Kind]]:
     members = [all_members[i] for i in positions]
     device = members[0].param.device
     where = device if on_device else HOST
@@ -205,14 +213,19 @@ def _gather(
         ],
     )
     kinds = [
-        Kind(m.group, block_of(groups[m.group], m.param), own_rescale_of(groups[m.group], mask))
+        Kind(
+            m.group,
+            block_of(groups[m.group], m.param),
+            own_rescale_of(groups[m.group], mask),
+            blocks_of(groups[m.group], m.param) if rule.counts else 0,
+        )
         for m, mask in zip(members, static, strict=True)
     ]
     stream_ids = [
         layers.stream_ids[layers.of_group[m.group]] if is_layerwise(groups[m.group]) else m.stream_id for m in members
     ]
     tables = (DeviceTables.of if on_device else HostTables)(batch, rule, kinds, stream_ids)
-    return batch, tables, members
+    return batch, tables, members, kinds
 
 
 def _pack_local(mask: Tensor, shard: Shard, device: torch.device) -> Tensor:
@@ -231,6 +244,7 @@ class UpdateBucket(Bucket):
         self.views = list(self.steps.unbind())
         for entry, step in zip(entries, self.views, strict=True):
             entry["step"] = step
+        self.block_steps = self._block_steps(entries)
         self.states = [[entry[name] for entry in entries] for name in self.names]
         self.batch.states = [[local(t) for t in tensors] for tensors in self.states]
         self.facts = Facts(self._locals())
@@ -245,7 +259,26 @@ class UpdateBucket(Bucket):
     def let_go(self) -> None:
         """Keep no state alive."""
         self.entries, self.views, self.states, self.written, self.batch.states = [], [], [], [], []
+        self.block_steps, self.batch.block_factors = None, []
+        self.counting.clear()
         self.batch.cache.clear()
+
+    def _block_steps(self, entries: list[dict[str, Any]]) -> BlockSteps | None:
+        here = [i for i, kind in enumerate(self.kinds) if kind.blocks]
+        self.counting: list[dict[str, Any]] = [entries[i] for i in here]
+        if not here:
+            return None
+        kinds = [self.kinds[i] for i in here]
+        return BlockSteps(
+            self.batch,
+            self.rule,
+            self.backend,
+            here,
+            blocks=[kind.blocks for kind in kinds],
+            block_sizes=[kind.block for kind in kinds],
+            groups=[kind.group for kind in kinds],
+            entries=self.counting,
+        )
 
     def _locals(self) -> list[Tensor]:
         tensors = self.params + [t for tensors in self.states for t in tensors]
@@ -257,6 +290,8 @@ class UpdateBucket(Bucket):
         same = all(map(operator.is_, [entry.get("step") for entry in entries], self.views))
         for name, tensors in zip(self.names, self.states, strict=True):
             same = same and all(map(operator.is_, [entry.get(name) for entry in entries], tensors))
+        if self.block_steps is not None:
+            same = same and self.block_steps.stand(self.counting)
         return same and self.facts.hold(self._locals())
 
     def round_stochastically(self) -> None:
@@ -265,7 +300,7 @@ class UpdateBucket(Bucket):
         table[:, Rounding.STREAM_ID] = torch.tensor([m.stream_id for m in self.members], dtype=torch.int64, device=HOST)
         self.batch.rounding = table.to(self.batch.integers.device)
 
-    def prepare_on_host(self, steps: Mapping[int, GroupStep], draw: int) -> None:
+    def prepare_on_host(self, steps: Mapping[int, GroupStep], draw: int, seed: int) -> None:
         """Fill in the tables for the coming step, number ``draw``, which :meth:`run` counts."""
         t, out = self.steps.tolist(), set(self.absent)
         for group, tensors in self.by_group.items():
@@ -277,11 +312,25 @@ class UpdateBucket(Bucket):
             self.counted = torch.tensor(counted, dtype=torch.float32, device=HOST)
         else:
             t, self.counted = [count + 1.0 for count in t], _ONE
-        self.tables.fill(steps, t, self.absent)
+        self.fill(steps, t)
         self._fill_draw(draw)
+        if self.block_steps is not None:
+            columns = 1 + len(next(iter(steps.values())).numbers)
+            numbers = torch.zeros(max(steps) + 1, columns, dtype=torch.float64, device=HOST)
+            for group, step in steps.items():
+                numbers[group] = torch.tensor([step.lr, *step.numbers], dtype=torch.float64, device=HOST)
+            self.block_steps.prepare(to_device(numbers, self.device), seed)
 
-    def prepare_on_device(self, groups, numbers, draw: Tensor, found_inf: Tensor | None) -> None:
+    def prepare_on_device(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        numbers: DeviceColumns,
+        draw: Tensor,
+        found_inf: Tensor | None,
+        seed: int,
+    ) -> None:
         """The same from a device's numbers."""
+        assert isinstance(self.tables, DeviceTables)
         counted = torch.where(self.tables.frozen(numbers, groups), 0.0, torch.ones_like(self.steps))
         for run in runs(self.absent):
             counted[run] = 0.0
@@ -290,6 +339,8 @@ class UpdateBucket(Bucket):
         self.counted = counted
         self.tables.fill(groups, numbers, (self.steps + counted).double(), self.absent)
         self._fill_draw(draw)
+        if self.block_steps is not None:
+            self.block_steps.prepare(self.tables.rule_numbers(groups), seed, found_inf)
 
     def _fill_draw(self, draw: int | Tensor) -> None:
         if self.batch.rounding is not None:
@@ -302,9 +353,13 @@ class UpdateBucket(Bucket):
         except BaseException:
             done = self.counts_of_first(self.batch.done)
             self.steps[:done] += self.counted[:done] if self.counted.dim() else self.counted
+            if self.block_steps is not None:
+                self.block_steps.commit(self.batch.done)
             raise
         self.batch.done = len(self.members)
         self.steps += self.counted
+        if self.block_steps is not None:
+            self.block_steps.commit(len(self.members))
         if self.backend is not reference:  # whose operations tell autograd themselves
             torch.autograd.graph.increment_version(self.written)
 

@@ -13,7 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-CONTRACT_VERSION = 3  # a changed column, enum or meaning is a new version; compiled backends are checked against it
+CONTRACT_VERSION = 4  # a changed column, enum or meaning is a new version; compiled backends are checked against it
 MAX_DIMS = 6  # after collapsing; a dense tensor needs one dimension, a permuted one as many as it has
 MAX_STATES = 3  # tensors of state that an update rule may keep per parameter
 MAX_FACTORS = 6  # numbers that an update rule may take per tensor
@@ -71,16 +71,17 @@ class Rounding(IntEnum):
 
 
 class Layout(IntEnum):
-    """Columns of the layout table that compiled backends read: int64, shape (tensors, 33). Pointers are 0 if absent."""
+    """Columns of the layout table that compiled backends read: int64, shape (tensors, 34). Pointers are 0 if absent."""
 
     PARAM = 0
     GRAD = 1
     STATE = 2  # the first of MAX_STATES
     PACKED = STATE + MAX_STATES
-    NUMEL = 6
-    OFFSET = 7  # global index of the local element 0
-    NDIM = 8  # collapsed dimensions; NDIM <= 1 with unit strides is the linear case
-    SIZE = 9
+    BLOCK_FACTORS = 6
+    NUMEL = 7
+    OFFSET = 8  # global index of the local element 0
+    NDIM = 9  # collapsed dimensions; NDIM <= 1 with unit strides is the linear case
+    SIZE = 10
     PARAM_STRIDE = SIZE + MAX_DIMS  # of the parameter and all its state, in elements
     GRAD_STRIDE = PARAM_STRIDE + MAX_DIMS
     GLOBAL_STRIDE = GRAD_STRIDE + MAX_DIMS  # steps of the global element index
@@ -127,21 +128,13 @@ class Shard:
 
 
 @dataclass(frozen=True, eq=False)
-class Scattered:
-    """In a Shard's place for elements taken out of a parameter one by one: their global indices."""
+class Scattered(Shard):
+    """Elements taken out of a parameter one by one, by their global indices."""
 
-    indices: Tensor
+    indices: Tensor = field(kw_only=True)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.indices.shape)
-
-    @property
-    def numel(self) -> int:
-        return self.indices.numel()
-
-    def elements(self, start: int, stop: int, device: torch.device | str | None = None) -> Tensor:
-        return self.indices[start:stop].to(device)
+    def at(self, local: Tensor) -> Tensor:
+        return self.indices[local]
 
 
 def elements(starts: Tensor, lengths: Tensor) -> Tensor:
@@ -177,17 +170,24 @@ class Batch:
     elements of a parameter share memory.
 
     ``grads[i]`` None is a gradient of zeros. State has its parameter's strides, or with ``runs`` is as they say. Under
-    the rule "mask", which writes the masked gradient itself, ``params`` is the list ``grads``. A backend keeps what it
-    derives from the tensors in ``cache``; whoever replaces any tensor but a gradient makes a new Batch.
+    the rule "mask", which writes the masked gradient itself, ``params`` is the list ``grads``.
+
+    ``block_factors[i]`` (blocks, MAX_FACTORS), in the arithmetic's dtype, stands in for the rule's factors in ``reals``
+    where tensor i has Mask.BLOCK and Effect.FREEZE. Its row b is that of the whole parameter's block
+    ``shards[i].offset // Integer.BLOCK + b``, and up to date where that is kept.
+
+    A backend keeps what it derives from the tensors in ``cache``; whoever replaces any tensor but a gradient makes a
+    new Batch.
     """
 
     params: list[Tensor]
-    shards: Sequence[Shard | Scattered]
+    shards: list[Shard]
     integers: Tensor  # (tensors, 7), int64, on the host unless capturable
     reals: Tensor  # (tensors, 8), float64, likewise
     grads: list[Tensor | None] = field(default_factory=list)
     states: list[list[Tensor]] = field(default_factory=list)  # states[k][i]: the rule's k-th state of tensor i
     packed: list[Tensor | None] = field(default_factory=list)  # int32 words; None: not needed
+    block_factors: list[Tensor | None] = field(default_factory=list)  # None, or an empty list: those in `reals`
     runs: Runs | None = None  # None: a row of the tables is a whole tensor
     pairs: frozenset[tuple[Mask, Effect]] | None = None  # that may occur; None: those in `integers` (on the host)
     rounding: Tensor | None = None  # (tensors, 2), int64, where `integers` is: bfloat16 stochastically

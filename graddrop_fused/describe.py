@@ -6,12 +6,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
 from torch.optim import Optimizer
 
-from . import mask_stream
-from .contract import Mask
-from .names import canonical_name
+from .active import active_share, tensors
 from .numbers import row_at
 from .policies import Policy, StaticMask
 
@@ -114,8 +111,8 @@ def _rows(source: Any) -> Iterator[LayerRow]:
             share = None
         elif policy is not None:
             row, _ = row_at(policy, numbers[layer], len(numbers), draw, epoch)
-            share = _share(row, group, policy, dropped)
-        yield LayerRow(layer, sum(p.numel() for p in _tensors(group)), _brief(policy), effect, share)
+            share = active_share(group, policy, row, dropped)
+        yield LayerRow(layer, sum(p.numel() for p in tensors(group)), _brief(policy), effect, share)
 
 
 def _epoch_of(source: Any) -> int | None:
@@ -132,37 +129,6 @@ def _knows_layers(source: Any, groups: Sequence[Group], epoch: int | None) -> bo
     policies = [g["drop"] for g in groups if g.get("drop") is not None]
     known = epoch is not None or not any(policy.needs_epoch for policy in policies)
     return known and hasattr(source, "dropped_layers") and any(policy.layerwise for policy in policies)
-
-
-def _share(row: Any, group: Group, policy: Policy, dropped: set[int] | None) -> float:
-    """The share of a group's elements that a policy's row keeps; ``dropped``: ids of parameters of dropped layers."""
-    if row.mask == Mask.DROP:
-        return 0.0
-    if row.mask == Mask.PACKED and isinstance(policy, StaticMask):
-        return _static_share(group, policy)
-    if row.mask == Mask.LAYER and dropped is not None:
-        return float(not any(id(p) in dropped for p in _tensors(group)))
-    if row.mask in (Mask.KEEP, Mask.GAUSSIAN):
-        return 1.0
-    return 1 / mask_stream.rescale(row.span)
-
-
-def _static_share(group: Group, policy: StaticMask) -> float:
-    tensors, names = _tensors(group), _names(group)
-    kept = 0
-    for index, (param, name) in enumerate(zip(tensors, names, strict=True)):
-        mask = policy.mask_of(name, index, len(tensors))
-        kept += param.numel() if mask is None else int(mask.sum())
-    return kept / max(1, sum(p.numel() for p in tensors))
-
-
-def _tensors(group: Group) -> list[Tensor]:
-    return [p[1] if isinstance(p, tuple) else p for p in group["params"]]
-
-
-def _names(group: Group) -> list[str | None]:
-    given = group.get("param_names") or [p[0] if isinstance(p, tuple) else None for p in group["params"]]
-    return [None if name is None else canonical_name(name) for name in given]
 
 
 def _merged(rows: Iterator[LayerRow]) -> list[LayerRow]:

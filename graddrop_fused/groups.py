@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import Effect
+from .contract import Effect, Shard
 from .names import canonical_name, check_distinct, stream_id
 from .policies import Policy, StaticMask
 from .shards import shard_of, whole_shape
@@ -35,7 +35,7 @@ class Member:
         """What errors call it: its name, or (group, index)."""
         return repr(self.given_name or (self.group, self.index))
 
-    def shard(self):
+    def shard(self) -> Shard:
         """Where its local part lies. Raises ValueError if that cannot be known."""
         try:
             return shard_of(self.param)
@@ -105,6 +105,14 @@ def block_of(group: Mapping[str, Any], param: Tensor) -> int:
         return int(policy.block)
     shape = whole_shape(param)
     return max(1, math.prod(shape[1:])) if len(shape) > 1 else 1
+
+
+def blocks_of(group: Mapping[str, Any], param: Tensor) -> int:
+    """How many blocks the whole of ``param`` has that count their own steps; 0: they step alike, or it has none."""
+    block = block_of(group, param)
+    if block == 1 or effect_of(group) != Effect.FREEZE:
+        return 0
+    return -(-math.prod(whole_shape(param)) // block)
 
 
 def static_mask(group: Mapping[str, Any], member: Member) -> Tensor | None:

@@ -1,11 +1,10 @@
 """What a training log should hold of the masks: a few numbers by name, for any tool that writes logs."""
 
-from .contract import Mask
+from .active import active_share
 from .groups import Layers, policy_of
-from .mask_stream import HALF
 from .masked import MaskedOptimizer
 from .numbers import rows_at
-from .policies import Policy, StaticMask
+from .policies import Policy
 
 
 def log_values(optimizer: MaskedOptimizer) -> dict[str, float]:
@@ -19,46 +18,34 @@ def log_values(optimizer: MaskedOptimizer) -> dict[str, float]:
     """
     groups, clock = optimizer.param_groups, optimizer._clock
     clock.draw = optimizer.draw
-    masked = [g for g in groups if policy_of(g) is not None]
-    if not masked or any(policy_of(g).needs_epoch for g in masked) and optimizer.epoch is None:
+    policies = [policy_of(group) for group in groups]
+    given = [policy for policy in policies if policy is not None]
+    if not given or any(policy.needs_epoch for policy in given) and optimizer.epoch is None:
         return {}
     layers = Layers.of(groups)
-    rows = rows_at(groups, layers, clock, clock.next_draw())
-    off = {id(p) for p in optimizer.dropped_layers()}
+    dropped = {id(p) for p in optimizer.dropped_layers()}
     kept, weighted_p, with_p, total = 0.0, 0.0, 0, 0
     dropped_layers = set()
-    for group, layer, (row, _) in zip(groups, layers.of_group, rows, strict=True):
-        policy = policy_of(group)
+    rows = rows_at(groups, layers, clock, clock.next_draw())
+    for group, policy, layer, (row, _) in zip(groups, policies, layers.of_group, rows, strict=True):
         if policy is None:
             continue
         numel = sum(p.numel() for p in group["params"])
         total += numel
-        if policy.layerwise:
-            is_off = any(id(p) in off for p in group["params"])
-            kept += 0 if is_off else numel
-            dropped_layers |= {layer} if is_off else set()
-        else:
-            kept += _kept(policy, group, row.span if row.mask in (Mask.ELEMENT, Mask.BLOCK) else HALF)
+        kept += numel * active_share(group, policy, row, dropped)
+        if policy.layerwise and any(id(p) in dropped for p in group["params"]):
+            dropped_layers.add(layer)
         p = _p_now(policy, clock.draw, optimizer.epoch)
         if p is not None:
             with_p, weighted_p = with_p + numel, weighted_p + p * numel
     values = {"graddrop_active": kept / max(total, 1), "graddrop_draw": optimizer.draw}
     if with_p:
         values["graddrop_p"] = weighted_p / with_p
-    if any(policy_of(g).layerwise for g in masked):
+    if any(policy.layerwise for policy in given):
         values["graddrop_layers_dropped"] = len(dropped_layers)
     if optimizer.epoch is not None:
         values["graddrop_epoch"] = optimizer.epoch
     return values
-
-
-def _kept(policy: Policy, group: dict, span: int) -> float:
-    """Elements of ``group`` that are kept, expected where they are drawn."""
-    if not isinstance(policy, StaticMask):
-        return (span + 1) / (HALF + 1) * sum(p.numel() for p in group["params"])
-    names = group.get("param_names", [None] * len(group["params"]))
-    masks = [policy.mask_of(name, i, len(names)) for i, name in enumerate(names)]
-    return sum(p.numel() if m is None else int(m.sum()) for m, p in zip(masks, group["params"], strict=True))
 
 
 def _p_now(policy: Policy, draw: int, epoch: int | None) -> float | None:

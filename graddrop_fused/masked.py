@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import active, checkpoint, dispatch, preview, state, validate
+from . import checkpoint, compact, dispatch, preview, state, validate
 from .buckets import Plan, UpdateBucket, make_buckets
 from .checks import check_bool
 from .clock import Clock
@@ -218,6 +218,7 @@ class MaskedOptimizer(Optimizer):
             bucket.prepare_on_host(
                 {g: group_step(groups[g], bucket.rule, *coming.rows[g], effects[g]) for g in bucket.by_group},
                 coming.draw,
+                self.seed,
             )
 
     def _count(self, coming: StepNumbers) -> None:
@@ -232,9 +233,10 @@ class MaskedOptimizer(Optimizer):
         for bucket in plan.buckets:
             numbers = self._device_numbers[bucket.device]
             bucket.batch.pairs = frozenset().union(*(numbers.pairs[group] for group in bucket.by_group))
-            bucket.prepare_on_device(groups, now[bucket.device], numbers.next_draw, _to(found_inf, bucket.device))
+            inf = _to(found_inf, bucket.device)
+            bucket.prepare_on_device(groups, now[bucket.device], numbers.next_draw, inf, self.seed)
 
-        def commit():
+        def commit() -> None:
             for numbers in self._device_numbers.values():
                 numbers.commit()
             if not self._device_numbers:
@@ -295,9 +297,16 @@ class MaskedOptimizer(Optimizer):
     def _check_group(self, group: Mapping[str, Any]) -> None:
         validate.group_options(group, self.rule_class)
         if self.active_state:
-            active.check_group(group)
+            compact.check_group(group)
 
-    def _make_plan(self, key, params, grads, state_of_params, switched_off) -> Plan:
+    def _make_plan(
+        self,
+        key: tuple,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        state_of_params: Callable[[], Mapping[Tensor, dict[str, Any]]],
+        switched_off: set[int],
+    ) -> Plan:
         groups = self.param_groups
         planned = set(map(id, params))
         every = [member for member in members(groups) if id(member.param) in planned]
@@ -306,7 +315,7 @@ class MaskedOptimizer(Optimizer):
             self._clock.check_epoch_known(policy_of(group))
         validate.all_groups(groups)
         rules = [self.rule_class.of(group) for group in groups]
-        check_state = active.check_state if self.active_state else state.check
+        check_state = compact.check_state if self.active_state else state.check
         wanted = []
         for i, (member, grad) in enumerate(zip(every, grads, strict=True)):
             entry = self.state.get(member.param, {})
@@ -316,22 +325,29 @@ class MaskedOptimizer(Optimizer):
                 check_state(member.called, entry, member.param, rules[member.group])
                 wanted.append(i)
         validate.no_shared_memory([every[i] for i in wanted])
+        dtypes = [param.dtype if grad is None else grad.dtype for param, grad in zip(params, grads, strict=True)]
 
-        def key_of(i):
-            grad_dtype = params[i].dtype if grads[i] is None else grads[i].dtype
+        def key_of(i: int) -> tuple[Rule, torch.dtype, tuple]:
             kinds = state.dtype_of(params[i], self.state_dtype), rounds_stochastically(groups[every[i].group])
-            return rules[every[i].group], grad_dtype, kinds
+            return rules[every[i].group], dtypes[i], kinds
 
-        ordinary, compact = self._turn_over(key, every, wanted, rules)
+        ordinary, packed = self._turn_over(key, every, wanted, rules)
         make = partial(make_buckets, groups, every)
         choose = partial(dispatch.choose_for, self.backend)
-        buckets = make(ordinary, key_of, choose, on_device=self._capturable(), bucket_class=UpdateBucket)
+        buckets = make(ordinary, key_of, choose, UpdateBucket, on_device=self._capturable())
         missing = [
-            state.missing(b.members, self.state, b.rule, state.dtype_of(b.params[0], self.state_dtype)) for b in buckets
+            state.missing(
+                b.members,
+                self.state,
+                b.rule,
+                state.dtype_of(b.params[0], self.state_dtype),
+                [kind.blocks for kind in b.kinds],
+            )
+            for b in buckets
         ]
         for bucket, entries in zip(buckets, missing, strict=True):
-            bucket.give_state(state.adopt(bucket.members, self.state, entries))
-        for bucket in make(compact, key_of, partial(active.choose, self.backend), bucket_class=active.ActiveBucket):
+            bucket.give_state(state.adopt(bucket.members, self.state, entries, [kind.blocks for kind in bucket.kinds]))
+        for bucket in make(packed, key_of, partial(compact.choose, self.backend), compact.CompactBucket):
             bucket.give_state([self.state[p] for p in bucket.params])
             buckets.append(bucket)
         for bucket in buckets:
@@ -353,20 +369,20 @@ class MaskedOptimizer(Optimizer):
             return positions, []
         groups, rows = self.param_groups, self._coming_rows(key[0])
         for i in positions:
-            if active.has_blocks(groups[every[i].group]):
-                active.choose(self.backend, every[i].param)  # raises before anything changes
-        ordinary, compact = [], []
+            if compact.has_blocks(groups[every[i].group]):
+                compact.choose(self.backend, every[i].param)  # raises before anything changes
+        ordinary, packed = [], []
         for i in positions:
             member = every[i]
             dtype = state.dtype_of(member.param, self.state_dtype)
             row, rule = rows[member.group], rules[member.group]
-            active.turn_over(member, groups[member.group], self.state, *row, rule, dtype, self.seed)
+            compact.turn_over(member, groups[member.group], self.state, *row, rule, dtype, self.seed)
             entry = self.state.get(member.param, {})
-            if active.is_compact(entry):
-                compact += [i] if len(entry[active.ACTIVE]) else []
-            elif row[0].mask != Mask.DROP and not active.has_blocks(groups[member.group]):
+            if compact.is_compact(entry):
+                packed += [i] if len(entry[compact.ACTIVE]) else []
+            elif row[0].mask != Mask.DROP and not compact.has_blocks(groups[member.group]):
                 ordinary.append(i)
-        return ordinary, compact
+        return ordinary, packed
 
     def _turn_over_idle(self, key: tuple, params: list[Tensor]) -> None:
         """The same for parameters that the step does not update: frozen ones lose what state they have."""
@@ -390,7 +406,7 @@ class MaskedOptimizer(Optimizer):
         """As torch's, with ``drop``, ``effect`` and ``layer`` in the group. Raises before anything changes."""
         checked = validate.new_group(param_group, self.defaults, self.param_groups, self.rule_class)
         if self.active_state:
-            active.check_group({**self.defaults, **checked})
+            compact.check_group({**self.defaults, **checked})
         super().add_param_group(checked)
         self._clear()
         self._show_clock()
@@ -426,7 +442,7 @@ class MaskedOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._clock.draw = self.draw
-        entries = active.saved(self.state, self._clock.draw) if self.active_state else self.state
+        entries = compact.saved(self.state, self._clock.draw) if self.active_state else self.state
         packed = checkpoint.pack(self.param_groups, entries, self._clock)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, packed)
@@ -451,7 +467,7 @@ class MaskedOptimizer(Optimizer):
             state_dict = state_dict if replaced is None else dict(replaced)
         loaded = checkpoint.check(state_dict, self.param_groups, self._clock, self.rule_class, self.active_state)
         entries = {
-            param: active.restored(param, entry, rule, state.dtype_of(param, self.state_dtype))
+            param: compact.restored(param, entry, rule, state.dtype_of(param, self.state_dtype))
             for param, (entry, rule) in loaded.entries.items()
         }
         self._clear()

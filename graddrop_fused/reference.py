@@ -67,7 +67,7 @@ def _update_runs(batch: Batch, runs: Runs, rule: Rule, i: int, seed: int, inv_gr
         in_state = elements(runs.state_starts[these], lengths).to(param.device)
         part = Batch(
             params=[param[at]],
-            shards=[Scattered(batch.shards[i].at(places))],
+            shards=[Scattered((len(places),), (1,), indices=batch.shards[i].at(places))],
             integers=batch.integers[these[:1]],
             reals=batch.reals[these[:1]],
             grads=[None if grad is None else grad.reshape(-1)[places]],
@@ -84,9 +84,9 @@ def _update_runs(batch: Batch, runs: Runs, rule: Rule, i: int, seed: int, inv_gr
 def _update(batch: Batch, rule: Rule, i: int, seed: int, inv_grad_scale: float) -> None:
     effect = Effect(int(batch.integers[i, Integer.EFFECT]))
     row = batch.reals[i].tolist()
-    factors = row[Real.FACTOR : Real.FACTOR + len(rule.factor_names)]
     param, grad, states = batch.params[i], batch.grads[i], [state[i] for state in batch.states]
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    factors = _factors(batch, rule, i, dtype)
 
     kept = keep(batch, i, seed)  # bool tensor, or one bool for all elements
     p = param.to(dtype)
@@ -108,7 +108,8 @@ def _update(batch: Batch, rule: Rule, i: int, seed: int, inv_grad_scale: float) 
 
 def pack(batch: Batch, *, seed: int) -> None:
     """Draw every tensor's mask and write it to ``batch.packed`` (int32 words, local row-major order)."""
-    for i, words in enumerate(batch.packed):
+    for i in range(len(batch.packed)):
+        words = _words(batch, i)
         kept = keep(batch, i, seed)
         if not isinstance(kept, Tensor):
             kept = torch.full(batch.shards[i].shape, kept, device=words.device)
@@ -126,9 +127,9 @@ def keep(batch: Batch, i: int, seed: int) -> Tensor | bool:
     if mask == Mask.LAYER:
         return bool(mask_stream.decide(mask_stream.layer_random(**at), lo, span))
     if mask == Mask.PACKED:
-        return mask_stream.unpack_mask(batch.packed[i], batch.shards[i].shape)
+        return mask_stream.unpack_mask(_words(batch, i), batch.shards[i].shape)
 
-    def decide(elements):
+    def decide(elements: Tensor) -> Tensor:
         if mask == Mask.BLOCK:
             random = mask_stream.block_random(elements, block, **at)
         else:
@@ -136,6 +137,17 @@ def keep(batch: Batch, i: int, seed: int) -> Tensor | bool:
         return mask_stream.decide(random, lo, span)
 
     return _by_chunks(batch, i, torch.bool, decide)
+
+
+def _factors(batch: Batch, rule: Rule, i: int, dtype: torch.dtype) -> list:
+    """The rule's factors: numbers, or tensors of the local shape where blocks have their own."""
+    mask, effect, block = batch.integers[i, [Integer.MASK, Integer.EFFECT, Integer.BLOCK]].tolist()
+    table = batch.block_factors[i] if batch.block_factors else None
+    count = len(rule.factor_names)
+    if table is None or mask != Mask.BLOCK or effect != Effect.FREEZE:
+        return batch.reals[i, Real.FACTOR : Real.FACTOR + count].tolist()
+    first = batch.shards[i].offset // block
+    return [_by_chunks(batch, i, dtype, lambda e, k=k: table[e // block - first, k]) for k in range(count)]
 
 
 def _noise(batch: Batch, i: int, seed: int, dtype: torch.dtype) -> Tensor | float:
@@ -158,14 +170,21 @@ def _rounded(batch: Batch, i: int, seed: int, value: Tensor, dtype: torch.dtype,
     return mask_stream.round_stochastically(value, random)
 
 
-def _by_chunks(batch: Batch, i: int, dtype: torch.dtype, values) -> Tensor:
+def _by_chunks(batch: Batch, i: int, dtype: torch.dtype, values: Callable[[Tensor], Tensor]) -> Tensor:
     """``values(global element indices)`` for the whole local tensor, in its shape."""
-    shard, device = batch.shards[i], (batch.params or batch.packed)[i].device
+    shard = batch.shards[i]
+    device = batch.params[i].device if batch.params else _words(batch, i).device
     out = torch.empty(shard.numel, dtype=dtype, device=device)
     for start in range(0, shard.numel, _CHUNK):
         stop = min(start + _CHUNK, shard.numel)
         out[start:stop] = values(shard.elements(start, stop, device))
     return out.reshape(shard.shape)
+
+
+def _words(batch: Batch, i: int) -> Tensor:
+    words = batch.packed[i]
+    assert words is not None
+    return words
 
 
 def _masked(g: Tensor, kept: Tensor | bool) -> Tensor:

@@ -1,6 +1,5 @@
 """Gradients live for a moment: the fused step runs inside backward, a layer at a time, and frees what it has read."""
 
-import sys
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from .groups import Layers, members
 from .masked import MaskedOptimizer, UninterruptedByKeyboard
 from .numbers import HostNumbers, StepNumbers
 from .skip import unwrap
+from .training_loop import TrainingLoop
 
 
 def release_gradients(model: nn.Module, optimizer: Optimizer) -> "ReleasedGradients":
@@ -77,11 +77,9 @@ class ReleasedGradients:
     def __init__(self, model: nn.Module, optimizer: Optimizer, within: FrameType | None = None):
         self._optimizer = unwrap(optimizer)
         _check(model, optimizer, self._optimizer)
-        self._model, self._within = model, within
+        self._model, self._loop = model, TrainingLoop(within)
         self._removed = False
         self._lock = threading.RLock()  # autograd has a thread for each device
-        self._task = None  # the backward pass that last called
-        self._running = True
         self._begun = False
         self._coming: StepNumbers | None = None  # of the step that has begun, once something was updated
         self._key: tuple = ()
@@ -145,14 +143,11 @@ class ReleasedGradients:
                 self._update(part, part.came - self.updated, set())
 
     def _in_its_loop(self) -> bool:
-        task = torch._C._current_graph_task_id()
-        if self._within is not None and task != self._task:
-            self._running = _is_running(self._within)
-            if not self._running:  # hooks stay, and do nothing: torch goes through them at this moment
-                self._begun = False
-                self._forget()
-        self._task = task
-        return self._running
+        running = self._loop.is_running()
+        if not running:  # hooks stay, and do nothing: torch goes through them at this moment
+            self._begun = False
+            self._forget()
+        return running
 
     def _begin(self) -> dict[int, _Part]:
         optimizer = self._optimizer
@@ -241,7 +236,7 @@ class ReleasedGradients:
 
     def clear(self) -> None:
         """Groups or tensors have changed: the next step splits the groups anew."""
-        self._part_of = {}
+        self._part_of: dict[int, _Part] = {}
         self._begun, self._coming = False, None
 
     def check_whole(self, what: str) -> None:
@@ -342,14 +337,3 @@ def _refuse_ddp(*_: object) -> None:
     """The wrapper does not show in the module that it wraps; only while it runs."""
     if DistributedDataParallel._get_active_ddp_module() is not None:
         raise ValueError(_DDP)
-
-
-def _is_running(frame: FrameType) -> bool:
-    """Whether any thread is in ``frame``: on a GPU backward runs in a thread of its own."""
-    for top in sys._current_frames().values():
-        at: FrameType | None = top
-        while at is not None:
-            if at is frame:
-                return True
-            at = at.f_back
-    return False

@@ -1,6 +1,7 @@
 """Dropped rows cost no product: with block="row", weight gradients of nn.Linear for kept rows only."""
 
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .module_calls import StandIn
 from .numbers import rows_at
 from .release import ReleasedGradients
 from .skip import unwrap
+from .training_loop import TrainingLoop
 
 HOST = torch.device("cpu")
 
@@ -55,11 +57,15 @@ def skip_dropped_rows(model: nn.Module, optimizer: Optimizer) -> "SkippedRows":
 class SkippedRows:
     """What :func:`skip_dropped_rows` returns.
 
+    Args:
+        within: a frame of Python's stack that must be running, in any thread, where a backward pass begins; else all
+            rows are computed. None always skips. Nobody tells a callback that its loop was interrupted.
+
     Attributes:
         modules: the nn.Linear modules whose gradients are computed by rows.
     """
 
-    def __init__(self, model: nn.Module, optimizer: MaskedOptimizer):
+    def __init__(self, model: nn.Module, optimizer: MaskedOptimizer, within: FrameType | None = None):
         _check(model, optimizer)
         self.removed = False
         self.modules = _suitable(model, optimizer)
@@ -69,8 +75,9 @@ class SkippedRows:
                 f"block='row', got {type(model).__name__}, where no weight gradient can do with fewer rows"
             )
         self._optimizer = optimizer
+        self._loop = TrainingLoop(within)
         self._draws = _Draws(optimizer, {module.weight for module in self.modules})
-        self._calls = [_Call(self, self._draws, module) for module in self.modules]
+        self._calls = [_Call(self, module) for module in self.modules]
         self._hooks = [
             optimizer.register_step_post_hook(lambda *_: self._draws.left_out.clear()),
             register_optimizer_step_pre_hook(self._before_any_step),
@@ -84,6 +91,13 @@ class SkippedRows:
         for call in self._calls:
             call.remove()
 
+    def rows(self, weight: Tensor) -> tuple[Tensor | None, bool]:
+        """Of the running backward pass: (indices of kept rows or None for all, whether the others will be read)."""
+        if self.removed or not self._loop.is_running():
+            self._draws.left_out.clear()
+            return None, True
+        return self._draws.rows(weight)
+
     def __enter__(self) -> "SkippedRows":
         return self
 
@@ -92,7 +106,7 @@ class SkippedRows:
 
     def _before_any_step(self, optimizer: Optimizer, *_: object) -> None:
         left_out = self._draws.left_out
-        if optimizer is self._optimizer or not left_out:
+        if optimizer is self._optimizer or not left_out or not self._loop.is_running():
             return
         if any(id(p) in left_out for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(
@@ -105,11 +119,11 @@ class SkippedRows:
 class _Call(StandIn):
     """Stands in for the call of one nn.Linear; its forward is another while it runs, so that hooks run as ever."""
 
-    def __init__(self, handle: SkippedRows, draws: "_Draws", module: nn.Linear):
+    def __init__(self, handle: SkippedRows, module: nn.Linear):
         self.handle = handle
         weight = module.weight
         self.weight = weight
-        self.forward = lambda x: _ByRows.apply(x, weight, module.bias, lambda: draws.rows(weight))
+        self.forward = lambda x: _ByRows.apply(x, weight, module.bias, lambda: handle.rows(weight))
         super().__init__(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -242,8 +256,9 @@ class _RowMasks:
             integers.append([Mask.BLOCK, Effect.GRADIENT, word, member.stream_id, lo, span, block])
         batch.integers.copy_(torch.tensor(integers, dtype=torch.int64, device=HOST).reshape(-1, len(Integer)))
         dispatch.choose("auto", HOST, torch.float32).pack(batch, seed=seed)
-        lengths = [32 * words.numel() for words in batch.packed]
-        kept = mask_stream.unpack_mask(torch.cat(batch.packed), (sum(lengths),)).split(lengths)
+        packed = [words for words in batch.packed if words is not None]
+        lengths = [32 * words.numel() for words in packed]
+        kept = mask_stream.unpack_mask(torch.cat(packed), (sum(lengths),)).split(lengths)
         return {
             id(m.param): mask[: shard.numel].nonzero().reshape(-1).to(m.param.device, non_blocking=True)
             for m, shard, mask in zip(self.members, self._shards, kept, strict=True)

@@ -68,15 +68,16 @@ def _kept_blocks(first: int, count: int, block: int, row: Row, word: int, seed: 
     """Decisions of ``count`` blocks from number ``first``: bool. A block is drawn as its first element is."""
     mask = Mask.BLOCK if row.mask == Mask.BLOCK and block > 1 else Mask.ELEMENT
     numbers = [mask, Effect.FREEZE, word, stream_id, row.lo, row.span, block]
+    words = torch.empty((count + 31) // 32, dtype=torch.int32, device=HOST)
     batch = Batch(
         params=[],
         shards=[Shard((count,), (block,), first * block)],
         integers=torch.tensor([numbers], dtype=torch.int64, device=HOST).reshape(1, len(Integer)),
         reals=torch.zeros(1, Real.columns(), dtype=torch.float64, device=HOST),
-        packed=[torch.empty((count + 31) // 32, dtype=torch.int32, device=HOST)],
+        packed=[words],
     )
     dispatch.choose("auto", HOST, torch.float32).pack(batch, seed=seed)
-    return mask_stream.unpack_mask(batch.packed[0], (count,))
+    return mask_stream.unpack_mask(words, (count,))
 
 
 def carry(old: Tensor, old_counts: Tensor, new: Tensor) -> Carried:

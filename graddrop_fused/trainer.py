@@ -16,6 +16,7 @@ from .log_values import log_values
 from .policies import Policy
 from .policy_text import policy
 from .release import ReleasedGradients
+from .rows import SkippedRows
 from .skip import SkippedLayers, unwrap
 
 
@@ -84,19 +85,29 @@ class GradDropCallback(TrainerCallback):
         release_gradients: update inside backward and free the gradients; see
             :func:`graddrop_fused.release.release_gradients`. Needs ``max_grad_norm=0`` and
             ``gradient_accumulation_steps=1``. It ends likewise.
+        skip_dropped_rows: compute weight gradients of kept rows only, under a policy with ``block="row"``; see
+            :func:`graddrop_fused.rows.skip_dropped_rows`. Needs ``max_grad_norm=0``. It ends likewise.
         log: add graddrop_active, graddrop_p and the like to what the Trainer logs, wherever it reports to; see
             :func:`graddrop_fused.log_values.log_values`.
 
     Raises:
         TypeError: as training begins, if the optimizer is no GradDropAdamW. ValueError: if it skips or releases and
-            clips, releases and accumulates, skips under DataParallel, or releases under DistributedDataParallel.
+            clips, releases and accumulates, skips under DataParallel, releases under DistributedDataParallel, or skips
+            rows where no policy has ``block="row"``.
     """
 
-    def __init__(self, skip_dropped_layers: bool = False, log: bool = True, release_gradients: bool = False):
+    def __init__(
+        self,
+        skip_dropped_layers: bool = False,
+        log: bool = True,
+        release_gradients: bool = False,
+        skip_dropped_rows: bool = False,
+    ):
         self.skip_dropped_layers = skip_dropped_layers
+        self.skip_dropped_rows = skip_dropped_rows
         self.release_gradients = release_gradients
         self.log = log
-        self._skipped: SkippedLayers | None = None
+        self._skipped: list[SkippedLayers | SkippedRows] = []
         self._released: ReleasedGradients | None = None
 
     def on_train_begin(
@@ -109,9 +120,11 @@ class GradDropCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         self._stop()
+        assert model is not None and optimizer is not None  # the Trainer gives them
         self._optimizer = unwrap(optimizer)
-        if self.skip_dropped_layers:
-            _check_skipping(args)
+        for option in ("skip_dropped_layers", "skip_dropped_rows"):
+            if getattr(self, option):
+                _check_skipping(args, option)
         if self.release_gradients:
             _check_releasing(args)
         # Counted from here on: after an epoch that a callback cut short, state.epoch is not a whole number
@@ -121,7 +134,9 @@ class GradDropCallback(TrainerCallback):
             # What we add to the logs must be there before others report them
             handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
         if self.skip_dropped_layers:
-            self._skipped = SkippedLayers(model, self._optimizer, within=loop)
+            self._skipped.append(SkippedLayers(model, self._optimizer, within=loop))
+        if self.skip_dropped_rows:
+            self._skipped.append(SkippedRows(model, self._optimizer, within=loop))
         if self.release_gradients:
             self._released = ReleasedGradients(model, optimizer, within=loop)
 
@@ -147,25 +162,25 @@ class GradDropCallback(TrainerCallback):
         self._stop()
 
     def _stop(self) -> None:
-        if self._skipped is not None:
-            self._skipped.remove()
-            self._skipped = None
+        while self._skipped:
+            self._skipped.pop().remove()
         if self._released is not None:
             self._released.abandon()
             self._released = None
 
 
-def _check_skipping(args: TrainingArguments) -> None:
+def _check_skipping(args: TrainingArguments, option: str) -> None:
+    skipped = option.removeprefix("skip_").replace("_", " ")
     _check_not_clipping(
         args,
-        "skip_dropped_layers",
-        "the norm that the Trainer clips by would lack the gradients of skipped layers, and training would differ from "
-        "the same run without skipping. Set TrainingArguments(max_grad_norm=0), or call "
-        "graddrop_fused.skip_dropped_layers yourself if that is what you want",
+        option,
+        f"the norm that the Trainer clips by would lack the gradients of {skipped}, and training would differ from the "
+        "same run without skipping. Set TrainingArguments(max_grad_norm=0), or call "
+        f"graddrop_fused.{option} yourself if that is what you want",
     )
     if args.n_gpu > 1:
         raise ValueError(
-            f"n_gpu must be at most 1 with GradDropCallback(skip_dropped_layers=True), got {args.n_gpu!r}: the Trainer "
+            f"n_gpu must be at most 1 with GradDropCallback({option}=True), got {args.n_gpu!r}: the Trainer "
             "would use DataParallel, whose replicas hide the model's modules. Start one process a GPU by torchrun"
         )
 
@@ -196,7 +211,8 @@ def _caller() -> tuple[CallbackHandler | None, FrameType | None]:
 
     No event tells a callback that its loop was interrupted, and none hands it the handler; Python's stack has both.
     """
-    handler, frame = None, sys._getframe(2)
+    handler: CallbackHandler | None = None
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None and isinstance(frame.f_locals.get("self"), CallbackHandler):
         handler, frame = frame.f_locals["self"], frame.f_back
     return handler, frame

@@ -482,6 +482,23 @@ def test_a_checkpoint_of_torch_loads_and_shrinks(policy):
         torch.testing.assert_close(values[held], 0.9 * dense[name].reshape(-1)[held])
 
 
+@pytest.mark.parametrize("policy", ["accumulate", "accumulate 128"])
+def test_a_checkpoint_without_active_state_loads_with_its_counts_of_blocks(policy):
+    """Accumulating blocks that are active stay so: both go on alike."""
+    both = []
+    for active_state in (False, True):
+        params = named()
+        options = {"drop": BLOCKS[policy], "effect": "freeze", "seed": 5, "steps_per_epoch": PER_EPOCH}
+        opt = GradDropAdamW(params.items(), lr=1e-2, **options)
+        run(opt, params, range(5))
+        other = GradDropAdamW(params.items(), lr=1e-2, active_state=active_state, **options)
+        other.load_state_dict(reloaded(opt.state_dict()))
+        run(other, params, range(5, 11))
+        both.append(params)
+    for name in (name for name in SHAPES if policy.endswith("128") or len(SHAPES[name]) > 1):  # vectors count together
+        torch.testing.assert_close(both[0][name], both[1][name], rtol=1e-12, atol=1e-12)
+
+
 def test_a_layer_policys_checkpoint_loads_into_torch():
     """Of active layers it is torch's own."""
     params = named()
@@ -632,7 +649,7 @@ def test_state_is_as_large_as_what_is_active(policy):
 
 def test_while_the_epoch_changes_old_and_new_state_never_stand_side_by_side(monkeypatch):
     """One parameter's at a time do."""
-    from graddrop_fused import active
+    from graddrop_fused import compact
 
     params = {f"w{i}": nn.Parameter(torch.zeros(64, 64)) for i in range(8)}
     opt = optimizer(RULES["AdamW"][0], params, BLOCKS["toggle"])
@@ -646,7 +663,7 @@ def test_while_the_epoch_changes_old_and_new_state_never_stand_side_by_side(monk
             peak = max(peak, sum(t.nbytes for t in alive))
         return tensor
 
-    monkeypatch.setattr(active.torch, "zeros", watched)
+    monkeypatch.setattr(compact.torch, "zeros", watched)
     for step in range(PER_EPOCH * 3):
         give_gradients(params, step)
         opt.step()

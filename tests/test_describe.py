@@ -17,6 +17,7 @@ from graddrop_fused import (
     param_groups,
 )
 from graddrop_fused.describe import HEADER, describe
+from graddrop_fused.log_values import log_values
 
 SIZES = {
     "hidden_size": 64,
@@ -73,14 +74,20 @@ def test_shares_are_those_of_the_masks(model, policy, tolerance, epoch):
         assert row.active == pytest.approx(kept / elements, abs=tolerance)
     everything = sum(kept for _, kept in drawn.values()) / table.total.parameters
     assert table.total.active == pytest.approx(everything, abs=max(tolerance, 1e-9))
+    masked = [row for row in table.rows if row.policy != "none"]
+    if masked:
+        share = sum(row.parameters * row.active for row in masked) / sum(row.parameters for row in masked)
+        assert log_values(optimizer)["graddrop_active"] == pytest.approx(share)
 
 
 def test_static_masks(model):
     torch.manual_seed(1)
     masks = {name: torch.rand(p.shape) < 0.25 for name, p in model.named_parameters() if "query" in name}
-    table = describe(GradDropAdamW(model.named_parameters(), drop=StaticMask(masks)))
+    optimizer = GradDropAdamW(model.named_parameters(), drop=StaticMask(masks))
+    table = describe(optimizer)
     dropped = sum(int((~mask).sum()) for mask in masks.values())
     assert table.total.active == pytest.approx(1 - dropped / table.total.parameters)
+    assert log_values(optimizer) == {"graddrop_active": pytest.approx(table.total.active), "graddrop_draw": 0}
     assert table.rows[0].policy == "StaticMask(6 masks)" and table.rows[0].layer == "group 0"
 
 

@@ -477,6 +477,90 @@ def test_what_is_logged(policy, expected, tmp_path):
     assert not any(name.startswith("graddrop") for entry in reporter.logs if "loss" not in entry for name in entry)
 
 
+ROWS = GradDropEpoch(p=0.75, toggle=True, block="row")
+
+
+def rows_trainer(args, drop=ROWS, watch=None, effect=None, **skipping):
+    return hf.Trainer(
+        build_model().double(),
+        args,
+        train_dataset=examples(),
+        optimizer_cls_and_kwargs=graddrop_optimizer(args, drop=drop, effect=effect, seed=7, backend="reference"),
+        callbacks=[GradDropCallback(**skipping), *([watch] if watch else [])],
+    )
+
+
+class Gradients(hf.TrainerCallback):
+    """Counts the rows of one matrix whose gradients are not zero, and interrupts after the step ``until``."""
+
+    def __init__(self, until=None):
+        self.until, self.rows = until, []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        grad = model.roberta.encoder.layer[1].intermediate.dense.weight.grad
+        self.rows.append(None if grad is None else int(grad.any(1).sum()))
+        if state.global_step == self.until:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("skipping", "effect", "accumulation"),
+    [
+        ({"skip_dropped_rows": True}, None, 1),
+        ({"skip_dropped_rows": True}, None, 2),
+        ({"skip_dropped_rows": True, "release_gradients": True}, "freeze", 1),
+    ],
+    ids=["rows", "accumulated", "released"],
+)
+def test_dropped_rows_are_skipped(skipping, effect, accumulation, tmp_path):
+    options = {"max_grad_norm": 0, "save_strategy": "no", "gradient_accumulation_steps": accumulation}
+    runs, counts = [], []
+    for number, chosen in enumerate(({}, skipping)):
+        counts.append(Gradients())
+        runs.append(rows_trainer(arguments(tmp_path / str(number), **options), ROWS, counts[-1], effect, **chosen))
+        runs[-1].train()
+    for (name, p), q in zip(runs[0].model.named_parameters(), runs[1].model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9, msg=name)
+    assert set(counts[0].rows) == {24}
+    kept = {0, *range(3, 10)} if effect is None else {None}  # of 24 rows, 6 on average
+    assert set(counts[1].rows) <= kept and len(counts[1].rows) == 18 // accumulation
+
+
+def test_an_interrupted_trainer_skips_no_rows_afterwards(tmp_path):
+    trainer = rows_trainer(
+        arguments(tmp_path, max_grad_norm=0, save_strategy="no"), watch=Gradients(until=2), skip_dropped_rows=True
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    model, other = trainer.model, torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+    model.eval()  # no dropout
+    other.step()  # what the interruption left
+    other.zero_grad()
+    batch = {name: value[None] for name, value in examples(1)[0].items()}
+    model(**batch).loss.backward()
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    twin(**batch).loss.backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    other.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "drop", "problem"),
+    [
+        ({}, ROWS, "max_grad_norm must be 0 with GradDropCallback(skip_dropped_rows=True), got 1.0"),
+        ({"max_grad_norm": 0}, GradDrop(p=0.5), "must have a policy with block='row'"),
+    ],
+    ids=["clipping", "no rows"],
+)
+def test_rows_that_cannot_be_skipped(options, drop, problem, tmp_path):
+    trainer = rows_trainer(arguments(tmp_path, save_strategy="no", **options), drop, skip_dropped_rows=True)
+    with pytest.raises(ValueError) as raised:
+        trainer.train()
+    assert problem in str(raised.value)
+
+
 @pytest.mark.slow
 def test_the_trainer_on_two_ranks(tmp_path):
     """Every way of running it: the masks of one process, and its parameters up to the order of sums."""

@@ -6,7 +6,7 @@
 
 namespace graddrop {
 
-constexpr int64_t CONTRACT_VERSION = 3;
+constexpr int64_t CONTRACT_VERSION = 4;
 constexpr int64_t MASK_STREAM_VERSION = 2;  // of docs/mask-stream.md: the bits that philox.h and draw.h give
 constexpr int MAX_DIMS = 6;
 constexpr int MAX_STATES = 3;
@@ -32,7 +32,7 @@ struct Rounding {
 };
 
 struct Layout {
-  int64_t param, grad, state[MAX_STATES], packed;  // addresses; 0: absent
+  int64_t param, grad, state[MAX_STATES], packed, block_factors;  // addresses; 0: absent
   int64_t numel, offset, ndim;
   int64_t size[MAX_DIMS], param_stride[MAX_DIMS], grad_stride[MAX_DIMS], global_stride[MAX_DIMS];
 };

@@ -161,6 +161,12 @@ void update(const Call& call, Rule<Real> rule, int64_t tensor, const Element& e)
     s[k] = static_cast<Real>(read(call.dtypes.state, row.state[k], e.param));
   }
   for (int k = 0; k < MAX_FACTORS; ++k) factors[k] = static_cast<Real>(reals.factor[k]);
+  if (row.block_factors && integers.mask == Mask::BLOCK && integers.effect == Effect::FREEZE) {
+    const int64_t block = e.global / integers.block - row.offset / integers.block;
+    for (int k = 0; k < MAX_FACTORS; ++k) {
+      factors[k] = reinterpret_cast<const Real*>(row.block_factors)[block * MAX_FACTORS + k];
+    }
+  }
 
   rule(p, g, s, call.states, factors);
 

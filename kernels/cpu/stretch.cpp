@@ -37,8 +37,10 @@ class Update {
         real_(arithmetic(call.dtypes.param)),
         states_(static_cast<int>(call.states)),
         factors_(factors_of(call.reals[tensor], reads_grad_ ? call.inv_grad_scale : 0.0)),
-        in_place_(random_.any() ? Kernels{} : level.kernels(call.rule, call.dtypes)),
-        on_copies_(level.kernels(call.rule, {real_, real_, real_})) {
+        block_table_(words_.kind() == Mask::BLOCK && effect_ == Effect::FREEZE ? row_.block_factors : 0),
+        block_factors_(factors_),
+        in_place_(level.kernels(call.rule, call.dtypes, random_.any())),
+        on_copies_(level.kernels(call.rule, {real_, real_, real_}, false)) {
     param_.set(row_.param, call.dtypes.param, real_);
     grad_.set(row_.grad, call.dtypes.grad, real_);
     for (int k = 0; k < states_; ++k) state_[k].set(row_.state[k], call.dtypes.state, real_);
@@ -56,10 +58,13 @@ class Update {
  private:
   // Updates as much of [begin, end) as goes in one way, of a linear tensor. Returns where that ends.
   int64_t next_part(int64_t begin, int64_t end) {
-    const bool drawn = words_.kind() == Mask::ELEMENT;
-    const int64_t head = drawn ? (TILE - row_.offset - begin) & (TILE - 1) : 0;  // up to where the stream's tiles begin
+    const bool drawn = words_.kind() == Mask::ELEMENT, packed = words_.kind() == Mask::PACKED;
+    const int64_t into_tile = (row_.offset + begin) & (TILE - 1);  // of the stream
+    // up to where the stream's tiles begin; packed words must begin a tile
+    const int64_t head = drawn || (random_.any() && !packed) ? (TILE - into_tile) & (TILE - 1) : 0;
+    const bool out_of_step = packed && random_.any() && into_tile > 0;
     int64_t tiles = (end - begin) / TILE;
-    if (head > 0 || tiles == 0 || noisy_ || !in_place_) {
+    if (head > 0 || tiles == 0 || noisy_ || out_of_step || !in_place_) {
       const int64_t count = std::min<int64_t>(head > 0 ? head : TILE, end - begin);
       copied_tile(begin, count, true);
       return begin + count;
@@ -69,10 +74,9 @@ class Update {
     bool kept;
     if (drawn) {
       some.stream = &words_.stream();
-      some.first_tile = words_.global(begin) / TILE;
-    } else if (words_.kind() == Mask::PACKED) {
+    } else if (packed) {
       some.words = reinterpret_cast<const uint32_t*>(row_.packed) + begin / 32;
-    } else if (const int64_t alike = words_.alike(begin, tiles, kept); alike > 0) {
+    } else if (const int64_t alike = words_.alike(begin, tiles, kept, block_table_ != 0); alike > 0) {
       tiles = alike;
       if (kept) {
         select = Select::NOWHERE;
@@ -86,7 +90,14 @@ class Update {
       some.words = bits_;
     }
     some.count = tiles;
-    if (some.words != NO_WORDS || effect_ != Effect::FREEZE) in_place_[select](some, factors_);
+    if (some.words == NO_WORDS && effect_ == Effect::FREEZE) return begin + tiles * TILE;
+    if (block_table_ == 0) {
+      in_place_[select](some, factors_);
+    } else if (select == Select::NOWHERE) {
+      in_place_[select](some, factors_at(words_.block_number(words_.global(begin))));
+    } else {
+      by_blocks(in_place_[select], some);
+    }
     return begin + tiles * TILE;
   }
 
@@ -96,6 +107,8 @@ class Update {
     some.grad = reads_grad_ ? grad_.at(begin) : ZEROS;
     some.grad_step = reads_grad_ ? TILE : 0;
     for (int k = 0; k < states_; ++k) some.state[k] = state_[k].at(begin);
+    some.first_tile = words_.global(begin) / TILE;
+    if (random_.any()) some.rounding = &random_.stream();
     return some;
   }
 
@@ -124,9 +137,43 @@ class Update {
     tile.grad = reads_grad_ ? gradient(e) : ZEROS;
     tile.param = param_.take(level_, e, e.param);
     for (int k = 0; k < states_; ++k) tile.state[k] = state_[k].take(level_, e, e.param);
-    on_copies_[select_of(effect_)](tile, factors_);
+    if (block_table_ == 0) {
+      on_copies_[select_of(effect_)](tile, factors_);
+    } else {
+      by_blocks(on_copies_[select_of(effect_)], tile);
+    }
     param_.put(level_, e, e.param, random_.of(e, Purpose::ROUND_PARAM));
     for (int k = 0; k < states_; ++k) state_[k].put(level_, e, e.param, random_.of(e, round_state(k)));
+  }
+
+  // A tile, elements_, that kept blocks of different step counts may share: an update for each of them.
+  void by_blocks(UpdateTiles update, Tiles& tile) {
+    const Elements& e = elements_;
+    const auto global = [&](int i) {
+      return e.linear ? words_.global(e.start) + static_cast<uint64_t>(i) : e.global[i];
+    };
+    uint32_t bits[4];
+    tile.words = bits;
+    for (int begin = 0, end; begin < e.count; begin = end) {
+      const uint64_t first = global(begin), behind = words_.block_end(first);
+      std::memset(bits, 0, sizeof bits);
+      for (end = begin; end < e.count && first <= global(end) && global(end) < behind; ++end) {
+        set_bit(bits, end, bits_[end / 32] >> (end % 32) & 1u);
+      }
+      if ((bits[0] | bits[1] | bits[2] | bits[3]) != 0) update(tile, factors_at(words_.block_number(first)));
+    }
+  }
+
+  const Factors& factors_at(uint64_t block) {
+    const int64_t row = static_cast<int64_t>(block - words_.block_number(words_.global(0))) * MAX_FACTORS;
+    for (int k = 0; k < MAX_FACTORS; ++k) {
+      if (real_ == Dtype::FLOAT64) {
+        block_factors_.f64[1 + k] = reinterpret_cast<const double*>(block_table_)[row + k];
+      } else {
+        block_factors_.f32[1 + k] = reinterpret_cast<const float*>(block_table_)[row + k];
+      }
+    }
+    return block_factors_;
   }
 
   const char* gradient(const Elements& e) {
@@ -162,6 +209,8 @@ class Update {
   const Dtype real_;
   const int states_;
   const Factors factors_;
+  const int64_t block_table_;  // address of the factors that blocks have of their own; 0: they have none
+  Factors block_factors_;      // of the block at hand
   const Kernels in_place_, on_copies_;  // in_place_ may be empty
   Memory param_, grad_, state_[MAX_STATES];
   Buffer noisy_grad_;

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .draw import (
     block_origin,
+    blocks_on,
     kept_at,
     mask_numbers,
     narrow_kept,
@@ -40,6 +41,7 @@ from .rounding import (
 from .tables import (
     BLOCK,
     BLOCK_BIT,
+    BLOCK_FACTORS,
     BLOCK_SIZE,
     DROP,
     EFFECT,
@@ -51,6 +53,7 @@ from .tables import (
     GRAD_FACTOR,
     INTEGERS,
     MASK_KIND,
+    MAX_FACTORS,
     NOISE_STD,
     OFFSET,
     PACKED_WORDS,
@@ -66,7 +69,7 @@ from .tables import (
 @triton.jit(do_not_specialize=["seed"])
 def update_kernel(
     chunks,  # (programs, 2), int64: tensor, first element
-    layout,  # (tensors, 45), int64: device_rows.DeviceRow
+    layout,  # (tensors, 46), int64: device_rows.DeviceRow
     integers,  # (tensors, 7), int64: contract.Integer
     reals,  # (tensors, 8), float64: contract.Real
     rounding,  # (tensors, 2), int64: contract.Rounding, or None to round to nearest
@@ -81,6 +84,7 @@ def update_kernel(
     STATE_DTYPE: tl.constexpr,
     KINDS: tl.constexpr,  # bit k: Mask k may occur; this and the next but for tensors that are left alone
     EFFECTS: tl.constexpr,  # bit k: Effect k may occur
+    OWN: tl.constexpr,  # blocks may have factors of their own
     DIMS: tl.constexpr,  # most dimensions of a tensor that is not linear; 0: all are
     WIDE: tl.constexpr,  # such a tensor reaches beyond 32 bits
     TILES: tl.constexpr,  # of a wide pass
@@ -110,7 +114,7 @@ def update_kernel(
         if not is_linear(row):
             update_strided(
                 start, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
-                PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, DIMS, WIDE, STRIDED,
+                PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, OWN, DIMS, WIDE, STRIDED,
             )  # fmt: skip
             return
     pointers = tl.load(row + PARAM) | tl.load(row + GRAD) | tl.load(row + PACKED_WORDS)
@@ -124,12 +128,12 @@ def update_kernel(
     # the tail first: it needs fewer registers, and nothing of it stays in them during the wide passes
     update_narrow(
         middle, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
-        PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, NARROW,
+        PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, OWN, NARROW,
     )  # fmt: skip
     if start < middle:
         update_wide(
             start, middle, row, integers, reals, rounding, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
-            PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, TILES, VECTOR,
+            PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, OWN, TILES, VECTOR,
         )  # fmt: skip
 
 
@@ -141,7 +145,7 @@ def update_wide(
     start, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
-    TILES: tl.constexpr, VECTOR: tl.constexpr,
+    OWN: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
     VALUES: tl.constexpr = rounded_values(STATES, STATE_DTYPE)
@@ -149,19 +153,22 @@ def update_wide(
         random_key = rounding_key(rounding, seed)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
     window, block, key = mask_numbers(integers, seed)
-    offset = tl.load(row + OFFSET)
-    p_ptr, g_ptr = aligned(row + PARAM, PARAM_DTYPE), aligned(row + GRAD, GRAD_DTYPE)
+    # from here on everything is counted from the chunk's part of the tensor, in 32 bits
+    count, index = (stop - start).to(tl.int32), tl.load(row + OFFSET) + start
+    p_ptr, g_ptr = aligned(row + PARAM, PARAM_DTYPE) + start, aligned(row + GRAD, GRAD_DTYPE) + start
     state_ptrs = ()
     for k in tl.static_range(STATES):
-        state_ptrs = state_ptrs + (aligned(row + STATE + k, STATE_DTYPE),)
-    packed = aligned(row + PACKED_WORDS, tl.int32)
+        state_ptrs = state_ptrs + (aligned(row + STATE + k, STATE_DTYPE) + start,)
+    packed = aligned(row + PACKED_WORDS, tl.int32) + start // 32
     reads_grad = has_grad(row, kind, effect)
-    origin = block_origin((offset + start) // TILE, tl.maximum(block // TILE, 1))
+    origin = block_origin(index // TILE, tl.maximum(block // TILE, 1))
+    if OWN:
+        table = block_table(row, kind, effect, origin[0], block, dtype)
 
-    for first in range(start, stop, TILES * TILE):
+    for first in range(0, count, TILES * TILE):
         first = tl.multiple_of(first, TILE)
-        whole = whole_tiles_kept(kind, (first - start) // TILE, origin, window, key, KINDS, TILES)
-        bits = wide_kept(kind, whole, offset + first, packed + first // 32, window, key, KINDS, TILES, VECTOR)
+        whole = whole_tiles_kept(kind, first // TILE, origin, window, key, KINDS, TILES)
+        bits = wide_kept(kind, whole, index + first, packed + first // 32, window, key, KINDS, TILES, VECTOR)
         whole = whole[:, :, None]
         live, any_live = tl.full([TILES, 1, 1], True, tl.int1), True
         if BLOCK_BIT & KINDS:
@@ -171,9 +178,14 @@ def update_wide(
         if any_live:
             grad_live = tl.where(reads_grad, takes_grad(whole, effect), False)
             if GAUSSIAN_BIT & KINDS:
-                noise = wide_noise(offset + first, key, TILES, VECTOR)
+                noise = wide_noise(index + first, key, TILES, VECTOR)
             if rounding is not None:
-                drawn = wide_words(offset + first, random_key, VALUES, TILES)
+                drawn = wide_words(index + first, random_key, VALUES, TILES)
+            if OWN:
+                on = blocks_on(first // TILE + tl.arange(0, TILES)[:, None, None], origin)
+                mine = block_factors(table, on, live, factors, FACTORS)
+            else:
+                mine = factors
             for w in tl.static_range(4):
                 at = first + w * 32
                 kept = kept_at(bits, w, VECTOR)
@@ -186,7 +198,7 @@ def update_wide(
                 if GAUSSIAN_BIT & KINDS:
                     g = g * (1 + std * noise[w])
                 g = tl.where(takes_grad(kept, effect), g * grad_factor, 0.0)
-                p, states = RULE(p_raw.to(dtype), g, states, factors)
+                p, states = RULE(p_raw.to(dtype), g, states, mine)
                 random = ()
                 if rounding is not None:
                     random = wide_random(drawn, w, VALUES, TILES)
@@ -204,7 +216,7 @@ def update_narrow(
     start, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
-    NARROW: tl.constexpr,
+    OWN: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
     VALUES: tl.constexpr = rounded_values(STATES, STATE_DTYPE)
@@ -222,6 +234,8 @@ def update_narrow(
     reads_grad = has_grad(row, kind, effect)
     into_tile = (index % TILE).to(tl.int32)
     origin = block_origin(index, block)
+    if OWN:
+        table = block_table(row, kind, effect, origin[0], block, dtype)
 
     for base in range(-into_tile, count, NARROW * TILE):
         offset = base + tl.arange(0, NARROW)[:, None] * TILE + tl.arange(0, 32)[None, :]
@@ -243,9 +257,13 @@ def update_narrow(
             random = ()
             if rounding is not None:
                 random = narrow_random(drawn, w, VALUES)
+            if OWN:
+                mine = block_factors(table, blocks_on(offset + 32 * w, origin), inside[w] & kept[w], factors, FACTORS)
+            else:
+                mine = factors
             update_at(
                 p_ptr + offset, g_ptr + offset, state_ptrs, offset, 32 * w, inside[w], kept[w], reads_grad, effect,
-                factor, factors, random, RULE, STATES, dtype,
+                factor, mine, random, RULE, STATES, dtype,
             )  # fmt: skip
 
 
@@ -254,7 +272,7 @@ def update_strided(
     start, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
-    DIMS: tl.constexpr, WIDE: tl.constexpr, STRIDED: tl.constexpr,
+    OWN: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr, STRIDED: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
     VALUES: tl.constexpr = rounded_values(STATES, STATE_DTYPE)
@@ -271,6 +289,8 @@ def update_strided(
     reads_grad = has_grad(row, kind, effect)
     number: tl.constexpr = tl.int64 if WIDE else tl.int32
     dims = dimensions(row, number, DIMS)
+    if OWN:
+        table = block_table(row, kind, effect, offset // block, block, dtype)
 
     for base in range(start.to(number), stop.to(number), STRIDED):
         position = base + tl.arange(0, STRIDED)
@@ -284,9 +304,13 @@ def update_strided(
         random = ()
         if rounding is not None:
             random = strided_random(index, random_key, VALUES)
+        if OWN:
+            mine = block_factors(table, index // block - offset // block, inside & kept, factors, FACTORS)
+        else:
+            mine = factors
         update_at(
             p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, 0, inside, kept, reads_grad, effect,
-            factor, factors, random, RULE, STATES, dtype,
+            factor, mine, random, RULE, STATES, dtype,
         )  # fmt: skip
 
 
@@ -327,6 +351,23 @@ def numbers(reals, kind, effect, grad_scale, FACTORS: tl.constexpr, dtype: tl.co
         grad_factor = grad_factor / tl.load(grad_scale).to(tl.float64)
     std = tl.where((kind == GAUSSIAN) & (effect != UPDATE), tl.load(reals + NOISE_STD), 0.0)
     return factors, grad_factor.to(dtype), std.to(dtype)
+
+
+@triton.jit
+def block_table(row, kind, effect, number, block, dtype: tl.constexpr):
+    """(has the tensor factors of its blocks' own?, a pointer to those of block ``number``)"""
+    own = (tl.load(row + BLOCK_FACTORS) != 0) & (kind == BLOCK) & (effect == FREEZE)
+    return own, pointer(row + BLOCK_FACTORS, dtype) + (number - tl.load(row + OFFSET) // block) * MAX_FACTORS
+
+
+@triton.jit
+def block_factors(table, on, live, factors, FACTORS: tl.constexpr):
+    """Factors of the blocks ``on`` behind that of ``table``: their own, or ``factors`` where there are none."""
+    own, first = table
+    found = ()
+    for k in tl.static_range(FACTORS):
+        found = found + (tl.load(first + on * MAX_FACTORS + k, mask=tl.where(own, live, False), other=factors[k]),)
+    return found
 
 
 @triton.jit

@@ -2,12 +2,14 @@
 
 import triton.language as tl
 
+from ...contract import MAX_FACTORS as _MAX_FACTORS
 from ...contract import Effect, Integer, Mask, Real, Rounding
 from ...device_rows import DeviceRow
 from ...mask_stream import TILE as _TILE
 from ...mask_stream import Purpose
 
 TILE = tl.constexpr(_TILE)
+MAX_FACTORS = tl.constexpr(_MAX_FACTORS)
 
 # Purpose
 FOR_ELEMENT = tl.constexpr(int(Purpose.ELEMENT))
@@ -64,6 +66,7 @@ PARAM = tl.constexpr(int(DeviceRow.PARAM))
 GRAD = tl.constexpr(int(DeviceRow.GRAD))
 STATE = tl.constexpr(int(DeviceRow.STATE))
 PACKED_WORDS = tl.constexpr(int(DeviceRow.PACKED))
+BLOCK_FACTORS = tl.constexpr(int(DeviceRow.BLOCK_FACTORS))
 NUMEL = tl.constexpr(int(DeviceRow.NUMEL))
 OFFSET = tl.constexpr(int(DeviceRow.OFFSET))
 LINEAR = tl.constexpr(int(DeviceRow.LINEAR))
