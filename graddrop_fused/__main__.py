@@ -136,9 +136,8 @@ def _parity_step(name: str, device: torch.device) -> str | None:
 
 def _devices() -> list[torch.device]:
     devices = [torch.device("cpu")]
-    if torch.accelerator.is_available():
-        devices.append(torch.accelerator.current_accelerator())
-    return devices
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return devices if found is None else [*devices, found]
 
 
 def _details(name: str) -> str:

@@ -1,7 +1,7 @@
 """Masks for any other optimizer: equation 2 of the paper, on the gradients before each of its steps."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -142,7 +142,7 @@ class MaskHandle:
 
     @staticmethod
     def _group(group: Group, own: dict[str, Any]) -> Group:
-        kept = {name: group[name] for name in ("params", "param_names") if name in group}
+        kept: Group = {name: group[name] for name in ("params", "param_names") if name in group}
         return {**kept, "drop": own["drop"], "layer": own["layer"], "effect": "gradient"}
 
     # A step
@@ -169,7 +169,7 @@ class MaskHandle:
         return args, {**kwargs, "closure": masked}
 
     def _masking(self, closure: Callable[[], Any], draw: int) -> Callable[[], Any]:
-        def evaluate():
+        def evaluate() -> Any:
             with torch.enable_grad():
                 loss = closure()
             self._mask(draw)
@@ -188,7 +188,7 @@ class MaskHandle:
             for bucket in buckets:
                 bucket.pack(packed, self.seed)
                 steps = {g: group_step(groups[g], bucket.rule, *rows[g]) for g in bucket.by_group}
-                bucket.tables.fill(steps, [1.0] * len(bucket.members), bucket.absent)
+                bucket.fill(steps, [1.0] * len(bucket.members))
             launches = [b.backend.prepare(b.batch, b.rule, seed=self.seed) for b in buckets]
             for bucket, launch in zip(buckets, launches, strict=True):
                 launch()
@@ -196,7 +196,7 @@ class MaskHandle:
             self._clock.draw = draw
         finally:
             for bucket in buckets:
-                bucket.batch.params = bucket.batch.grads = []  # else zero_grad() would free nothing
+                bucket.batch.params, bucket.batch.grads = [], []  # else zero_grad() would free nothing
 
     def _gather(self, groups: list[Group]) -> list[Bucket]:
         """Buckets that hold the gradients of now. A gradient that is missing keeps its place."""
@@ -224,13 +224,15 @@ class MaskHandle:
                 wanted,
                 lambda i: (rule, dtypes[i], None),
                 lambda p: dispatch.choose_for(self._backend, p),
+                Bucket,
             )
             self._key, self._facts = key, Facts(params)
         taken: set[int] = set()
         for bucket in self._buckets:
             found = [_in_place(every[i].param, taken) for i in bucket.positions]
             bucket.absent = [k for k, grad in enumerate(found) if grad is None]
-            bucket.batch.params = bucket.batch.grads = found
+            bucket.batch.grads = found
+            bucket.batch.params = cast(list[Tensor], found)  # the rule "mask" writes gradients; absent are left alone
         return self._buckets
 
 

@@ -21,7 +21,7 @@ from .groups import Layers, Member, block_of, blocks_of, is_layerwise, own_resca
 from .numbers import HostNumbers
 from .rules import Rule
 from .shards import is_dtensor, local, local_gradient
-from .tables import DeviceTables, GroupStep, HostTables, Kind, runs
+from .tables import DeviceColumns, DeviceTables, GroupStep, HostTables, Kind, runs
 
 HOST = torch.device("cpu")
 
@@ -78,7 +78,7 @@ class Bucket:
     absent: list[int] = field(default_factory=list)  # tensors without a gradient in the coming step
     packed_with: dict[int, tuple] = field(default_factory=dict)  # group -> what its packed words were drawn with
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.params = [m.param for m in self.members]
         self.shapes = [p.shape for p in self.params]
         self.sharded = any(map(is_dtensor, self.params))
@@ -118,6 +118,11 @@ class Bucket:
             grads = [None if g is None else local_gradient(p, g) for p, g in zip(self.params, grads, strict=True)]
         self.absent, self.batch.grads = absent, list(grads)
         return True
+
+    def fill(self, steps: Mapping[int, GroupStep], t: Sequence[float]) -> None:
+        """Fill the tables, which are on the host. ``t``: step counts of the tensors, this step included."""
+        assert isinstance(self.tables, HostTables)
+        self.tables.fill(steps, t, self.absent)
 
     def pack(self, drawn_with: Mapping[int, tuple[int, int, int]], seed: int) -> None:
         """Bring the packed words of these groups' masks up to date.
@@ -161,8 +166,8 @@ def make_buckets(
     positions: Sequence[int],
     key_of: Callable[[int], tuple[Rule, torch.dtype | None, Any]],
     choose: Callable[[Tensor], ModuleType],
+    bucket_class: type[B],
     on_device: bool = False,
-    bucket_class: type[B] = Bucket,
 ) -> list[B]:
     """Sort the parameters at ``positions`` into buckets.
 
@@ -296,7 +301,7 @@ class UpdateBucket(Bucket):
             self.counted = torch.tensor(counted, dtype=torch.float32, device=HOST)
         else:
             t, self.counted = [count + 1.0 for count in t], _ONE
-        self.tables.fill(steps, t, self.absent)
+        self.fill(steps, t)
         self._fill_draw(draw)
         if self.block_steps is not None:
             columns = 1 + len(next(iter(steps.values())).numbers)
@@ -305,8 +310,16 @@ class UpdateBucket(Bucket):
                 numbers[group] = torch.tensor([step.lr, *step.numbers], dtype=torch.float64, device=HOST)
             self.block_steps.prepare(to_device(numbers, self.device), seed)
 
-    def prepare_on_device(self, groups, numbers, draw: Tensor, found_inf: Tensor | None, seed: int) -> None:
+    def prepare_on_device(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        numbers: DeviceColumns,
+        draw: Tensor,
+        found_inf: Tensor | None,
+        seed: int,
+    ) -> None:
         """The same from a device's numbers."""
+        assert isinstance(self.tables, DeviceTables)
         counted = torch.where(self.tables.frozen(numbers, groups), 0.0, torch.ones_like(self.steps))
         for run in runs(self.absent):
             counted[run] = 0.0

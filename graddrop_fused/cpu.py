@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +119,7 @@ def _rule_number(name: str, states: int) -> int:
     return number
 
 
-def _op(level: int | None):
+def _op(level: int | None) -> tuple[Any, int]:
     """The loaded op and the level to run."""
     default, reason = _load()
     if reason:
@@ -148,7 +149,7 @@ def _load() -> tuple[int, str | None]:
     return _choose_level(os.environ.get(_CAPABILITY), torch.ops.graddrop_fused_cpu.best_level())
 
 
-def _difference(ops) -> str | None:
+def _difference(ops: Any) -> str | None:
     """What the op was built for, where that is not what this package needs."""
     needed = {
         "contract_version": CONTRACT_VERSION,

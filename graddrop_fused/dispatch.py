@@ -1,5 +1,6 @@
 """The one place where a backend is chosen."""
 
+import importlib
 import warnings
 from functools import cache
 from types import ModuleType
@@ -17,13 +18,8 @@ NAMES = ("triton", "cpu", "reference")
 @cache
 def load(name: str) -> ModuleType:
     """The module of backend ``name``: prepare, update, pack and unavailable, as kernels/README.md says."""
-    if name == "triton":
-        from . import triton_backend as module
-    elif name == "cpu":
-        from . import cpu as module
-    else:
-        from . import reference as module
-    return module
+    modules = {"triton": "triton_backend", "cpu": "cpu", "reference": "reference"}
+    return importlib.import_module(f".{modules[name]}", __package__)
 
 
 @cache

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import Effect
+from .contract import Effect, Shard
 from .names import canonical_name, check_distinct, stream_id
 from .policies import Policy, StaticMask
 from .shards import shard_of, whole_shape
@@ -35,7 +35,7 @@ class Member:
         """What errors call it: its name, or (group, index)."""
         return repr(self.given_name or (self.group, self.index))
 
-    def shard(self):
+    def shard(self) -> Shard:
         """Where its local part lies. Raises ValueError if that cannot be known."""
         try:
             return shard_of(self.param)

@@ -3,6 +3,8 @@
 import bisect
 import itertools
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -67,7 +69,7 @@ def param_groups(
     exclude: str | None = None,
     include_head: bool = False,
     stack: str | None = None,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Parameter groups for GradDropAdamW, one set per layer of the model.
 
     A layer has up to four groups, with and without weight decay, with and without ``drop``; they share
@@ -262,7 +264,7 @@ def _targeted(model: nn.Module, in_layer: dict[str, str], targets: str) -> set[s
     return found
 
 
-def _matching(argument: str, pattern: str, names) -> set[str]:
+def _matching(argument: str, pattern: str, names: Iterable[str]) -> set[str]:
     choices = (
         "'all', 'attention', 'attention+query' or a regular expression"
         if argument == "targets"
@@ -282,6 +284,6 @@ def _matching(argument: str, pattern: str, names) -> set[str]:
     return found
 
 
-def _some(names) -> str:
+def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:3] + ["..."] * (len(names) > 6) + names[3:][-3:])

@@ -45,7 +45,7 @@ def layout_row(batch: Batch, i: int) -> list[int]:
             f"backends, got {len(sizes)} (strides {strides}); backend='reference' takes any"
         )
 
-    def pad(values):
+    def pad(values: Sequence[int]) -> list[int]:
         return list(values) + [0] * (MAX_DIMS - len(values))
 
     states = [batch.states[k][i].data_ptr() if k < len(batch.states) else 0 for k in range(MAX_STATES)]

@@ -1,11 +1,14 @@
 """GradDropAdamW in Lightning. Needs lightning (or pytorch-lightning) 2, which nothing else in the package imports."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-try:
+if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
-except ModuleNotFoundError:
-    from pytorch_lightning import Callback, LightningModule, Trainer
+else:
+    try:
+        from lightning.pytorch import Callback, LightningModule, Trainer
+    except ModuleNotFoundError:
+        from pytorch_lightning import Callback, LightningModule, Trainer
 
 from .log_values import log_values
 from .masked import MaskedOptimizer
@@ -61,8 +64,8 @@ class GradDropCallback(Callback):
         self._set_epoch(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        step = trainer.global_step
-        if not self.log_masks or not trainer.loggers or step % trainer.log_every_n_steps or step == self._logged:
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not self.log_masks or not trainer.loggers or step % every or step == self._logged:
             return
         self._logged = step
         for number, opt in enumerate(self._optimizers):

@@ -70,7 +70,7 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*rounds), dim=-1)
 
 
-def _philox_rounds(c0, c1, c2, c3, k0, k1) -> list:
+def _philox_rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> list[Any]:
     """On int64 tensors, or on plain integers."""
     for _ in range(_ROUNDS):
         # int64 products wrap; masking after an arithmetic shift gives their unsigned high half
@@ -102,7 +102,9 @@ def _counter_word1(purpose: Purpose, stream_id: int) -> int:
     return int(purpose) << 8 | (stream_id >> 32) << 12
 
 
-def element_random(elements: Tensor, *, seed: int, draw: int, stream_id: int, purpose=Purpose.ELEMENT) -> Tensor:
+def element_random(
+    elements: Tensor, *, seed: int, draw: int, stream_id: int, purpose: Purpose = Purpose.ELEMENT
+) -> Tensor:
     """One 16-bit random number per element: a counter serves eight elements, two in each of its output words.
 
     Args:
@@ -168,7 +170,7 @@ def _half(words: Tensor, upper: Tensor) -> Tensor:
     return (words >> 16 * upper) & HALF
 
 
-def decide(random: Tensor | int, lo: int, span: int):
+def decide(random: Any, lo: Any, span: Any) -> Any:
     """Kept iff (random - lo) mod 2**16 <= span. Integers only, so that every backend agrees on every bit."""
     return ((random - lo) & HALF) <= span
 
@@ -254,7 +256,7 @@ def keep_mask(
     stream_id: int = 0,
     block: int = 1,
     window: tuple[int, int] | None = None,
-    device=None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """The mask of one parameter, straight from the specification.
 
@@ -284,10 +286,13 @@ def keep_mask(
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block!r}")
     mask = torch.empty(math.prod(shape), dtype=torch.bool, device=device)
-    at = {"seed": seed, "draw": draw, "stream_id": stream_id}
     for start in range(0, mask.numel(), _CHUNK):
         part = mask[start : start + _CHUNK]
         elements = torch.arange(start, start + part.numel(), device=device)
-        random = element_random(elements, **at) if block == 1 else block_random(elements, block, **at)
+        random = (
+            element_random(elements, seed=seed, draw=draw, stream_id=stream_id)
+            if block == 1
+            else block_random(elements, block, seed=seed, draw=draw, stream_id=stream_id)
+        )
         part.copy_(decide(random, lo, span))
     return mask.reshape(tuple(shape))

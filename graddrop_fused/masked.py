@@ -229,7 +229,7 @@ class MaskedOptimizer(Optimizer):
             inf = _to(found_inf, bucket.device)
             bucket.prepare_on_device(groups, now[bucket.device], numbers.next_draw, inf, self.seed)
 
-        def commit():
+        def commit() -> None:
             for numbers in self._device_numbers.values():
                 numbers.commit()
             if not self._device_numbers:
@@ -274,7 +274,14 @@ class MaskedOptimizer(Optimizer):
             for g in self.param_groups
         )
 
-    def _make_plan(self, key, params, grads, state_of_params, switched_off) -> Plan:
+    def _make_plan(
+        self,
+        key: tuple,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        state_of_params: Callable[[], Mapping[Tensor, dict[str, Any]]],
+        switched_off: set[int],
+    ) -> Plan:
         groups = self.param_groups
         planned = set(map(id, params))
         every = [member for member in members(groups) if id(member.param) in planned]
@@ -292,18 +299,19 @@ class MaskedOptimizer(Optimizer):
                 state.check(member.called, entry, member.param, rules[member.group])
                 wanted.append(i)
         validate.no_shared_memory([every[i] for i in wanted])
+        dtypes = [param.dtype if grad is None else grad.dtype for param, grad in zip(params, grads, strict=True)]
         buckets = make_buckets(
             groups,
             every,
             wanted,
             lambda i: (
                 rules[every[i].group],
-                params[i].dtype if grads[i] is None else grads[i].dtype,
+                dtypes[i],
                 (state.dtype_of(params[i], self.state_dtype), rounds_stochastically(groups[every[i].group])),
             ),
             lambda p: dispatch.choose_for(self.backend, p),
+            UpdateBucket,
             on_device=self._capturable(),
-            bucket_class=UpdateBucket,
         )
         missing = [
             state.missing(

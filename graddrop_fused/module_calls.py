@@ -1,6 +1,7 @@
 """What happens around the calls of a model's modules: something before and after the outermost, and who ran within."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,7 +64,7 @@ class StandIn:
     def install(self) -> None:
         self.compiled = self.module._compiled_call_impl
         self.inner = self.compiled or self.module._call_impl
-        self.module._compiled_call_impl = self
+        self.module._compiled_call_impl = self  # type: ignore[assignment]
 
     def stands(self) -> bool:
         outer = self.module._compiled_call_impl
@@ -84,7 +85,7 @@ class _Call(StandIn):
         self.calls = calls
         super().__init__(module)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         calls = self.calls
         if calls.removed:
             return self.inner(*args, **kwargs)

@@ -110,7 +110,7 @@ class DeviceNumbers:
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], layers: Layers, clock: Clock, device: torch.device):
-        def tensor(values, dtype=torch.int64):
+        def tensor(values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
             return to_device(torch.tensor(values, dtype=dtype, device="cpu"), device)
 
         self.draw = tensor(clock.draw)

@@ -149,7 +149,7 @@ class GradDrop(Policy):
     distribution: Literal["bernoulli", "gaussian"] = "bernoulli"
     hold: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_p_or_anneal(self)
         _check_rescale(self.rescale)
         _check_block(self.block)
@@ -202,7 +202,7 @@ class GradDropEpoch(Policy):
     anneal: Schedule | None = None
     _bounds: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)  # of a cycle's windows
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_p_or_anneal(self)
         _check_rescale(self.rescale)
         _check_block(self.block)
@@ -261,7 +261,7 @@ class LayerGradDrop(Policy):
 
     layerwise: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_p_or_anneal(self)
         _check_rescale(self.rescale)
         check_choice("per", self.per, ("step", "epoch"))
@@ -295,7 +295,7 @@ class GradFreeze(Policy):
     rows_differ_by_layer: ClassVar[bool] = True
     default_effect: ClassVar[str] = "freeze"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("direction", self.direction, ("top-down", "bottom-up"))
         check_int("layers_per_epoch", self.layers_per_epoch, 1, mask_stream.WORD)
 
@@ -323,7 +323,7 @@ class StaticMask(Policy):
     masks: Mapping[str, Tensor] | Sequence[Tensor]
     rescale: bool | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_rescale(self.rescale)
         if not isinstance(self.masks, Mapping | Sequence) or isinstance(self.masks, str):
             raise TypeError(f"masks must be a dict {{name: mask}} or a sequence of masks, got {type(self.masks)}")

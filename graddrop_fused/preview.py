@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .buckets import make_buckets
+from .buckets import Bucket, make_buckets
 from .clock import Clock
 from .contract import Mask
 from .groups import Layers, members
@@ -30,11 +30,11 @@ def keep_mask(groups: Sequence[Mapping[str, Any]], clock: Clock, param: Tensor) 
     if position is None:
         raise ValueError(f"param must be a parameter of this optimizer, got a tensor of shape {tuple(param.shape)}")
     rule = MaskOnly()
-    (bucket,) = make_buckets(groups, every, [position], lambda i: (rule, None, None), lambda p: reference)
+    (bucket,) = make_buckets(groups, every, [position], lambda i: (rule, None, None), lambda p: reference, Bucket)
     g = every[position].group
     row, word = rows_at(groups, Layers.of(groups), clock, clock.next_draw())[g]
     step: GroupStep = group_step({**groups[g], "lr": 0.0}, rule, row, word)
-    bucket.tables.fill({g: step}, [1.0], [])
+    bucket.fill({g: step}, [1.0])
     mask, kept = like(param, torch.bool), reference.keep(bucket.batch, 0, clock.seed)
     local(mask).copy_(kept) if isinstance(kept, Tensor) else local(mask).fill_(kept)
     return mask

@@ -76,7 +76,8 @@ def _update(batch: Batch, rule: Rule, i: int, seed: int, inv_grad_scale: float) 
 
 def pack(batch: Batch, *, seed: int) -> None:
     """Draw every tensor's mask and write it to ``batch.packed`` (int32 words, local row-major order)."""
-    for i, words in enumerate(batch.packed):
+    for i in range(len(batch.packed)):
+        words = _words(batch, i)
         kept = keep(batch, i, seed)
         if not isinstance(kept, Tensor):
             kept = torch.full(batch.shards[i].shape, kept, device=words.device)
@@ -94,9 +95,9 @@ def keep(batch: Batch, i: int, seed: int) -> Tensor | bool:
     if mask == Mask.LAYER:
         return bool(mask_stream.decide(mask_stream.layer_random(**at), lo, span))
     if mask == Mask.PACKED:
-        return mask_stream.unpack_mask(batch.packed[i], batch.shards[i].shape)
+        return mask_stream.unpack_mask(_words(batch, i), batch.shards[i].shape)
 
-    def decide(elements):
+    def decide(elements: Tensor) -> Tensor:
         if mask == Mask.BLOCK:
             random = mask_stream.block_random(elements, block, **at)
         else:
@@ -137,14 +138,21 @@ def _rounded(batch: Batch, i: int, seed: int, value: Tensor, dtype: torch.dtype,
     return mask_stream.round_stochastically(value, random)
 
 
-def _by_chunks(batch: Batch, i: int, dtype: torch.dtype, values) -> Tensor:
+def _by_chunks(batch: Batch, i: int, dtype: torch.dtype, values: Callable[[Tensor], Tensor]) -> Tensor:
     """``values(global element indices)`` for the whole local tensor, in its shape."""
-    shard, device = batch.shards[i], (batch.params or batch.packed)[i].device
+    shard = batch.shards[i]
+    device = batch.params[i].device if batch.params else _words(batch, i).device
     out = torch.empty(shard.numel, dtype=dtype, device=device)
     for start in range(0, shard.numel, _CHUNK):
         stop = min(start + _CHUNK, shard.numel)
         out[start:stop] = values(shard.elements(start, stop, device))
     return out.reshape(shard.shape)
+
+
+def _words(batch: Batch, i: int) -> Tensor:
+    words = batch.packed[i]
+    assert words is not None
+    return words
 
 
 def _masked(g: Tensor, kept: Tensor | bool) -> Tensor:

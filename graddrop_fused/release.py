@@ -232,7 +232,7 @@ class ReleasedGradients:
 
     def clear(self) -> None:
         """Groups or tensors have changed: the next step splits the groups anew."""
-        self._part_of = {}
+        self._part_of: dict[int, _Part] = {}
         self._begun, self._coming = False, None
 
     def check_whole(self, what: str) -> None:

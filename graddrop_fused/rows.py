@@ -256,8 +256,9 @@ class _RowMasks:
             integers.append([Mask.BLOCK, Effect.GRADIENT, word, member.stream_id, lo, span, block])
         batch.integers.copy_(torch.tensor(integers, dtype=torch.int64, device=HOST).reshape(-1, len(Integer)))
         dispatch.choose("auto", HOST, torch.float32).pack(batch, seed=seed)
-        lengths = [32 * words.numel() for words in batch.packed]
-        kept = mask_stream.unpack_mask(torch.cat(batch.packed), (sum(lengths),)).split(lengths)
+        packed = [words for words in batch.packed if words is not None]
+        lengths = [32 * words.numel() for words in packed]
+        kept = mask_stream.unpack_mask(torch.cat(packed), (sum(lengths),)).split(lengths)
         return {
             id(m.param): mask[: shard.numel].nonzero().reshape(-1).to(m.param.device, non_blocking=True)
             for m, shard, mask in zip(self.members, self._shards, kept, strict=True)

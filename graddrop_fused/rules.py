@@ -24,9 +24,13 @@ class Rule:
     """Base of all rules. A rule is a frozen dataclass whose fields decide which state it keeps."""
 
     name: ClassVar[str]  # of the kernels' function
-    states: Sequence[str] = ()  # names of its state in optimizer.state, in the kernels' order
     factor_names: ClassVar[tuple[str, ...]] = ()  # of what `factors` returns, at most contract.MAX_FACTORS
     steps_may_be_unknown: ClassVar[bool] = False  # others' optimizers of this rule keep no count of steps
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of its state in optimizer.state, in the kernels' order."""
+        return ()
 
     @property
     def counts(self) -> bool:
@@ -83,20 +87,20 @@ class AdamW(Rule):
         return True
 
     @classmethod
-    def of(cls, group):
+    def of(cls, group: Mapping[str, Any]) -> "Rule":
         return cls(amsgrad=group["amsgrad"])
 
     @staticmethod
-    def check(group):
+    def check(group: Mapping[str, Any]) -> None:
         _check_betas(group["betas"])
         check_nonnegative("eps", group["eps"])
         check_nonnegative("weight_decay", group["weight_decay"])
         check_bool("amsgrad", group["amsgrad"])
 
-    def numbers(self, group):
+    def numbers(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         return group["weight_decay"], *group["betas"], group["eps"]
 
-    def factors(self, lr, numbers, scale, t):
+    def factors(self, lr: Number, numbers: Sequence[Number], scale: Number, t: Number) -> tuple[Number, ...]:
         weight_decay, beta1, beta2, eps = numbers
         bias_correction1 = 1 - beta1**t
         bias_correction2_sqrt = (1 - beta2**t) ** 0.5
@@ -104,7 +108,9 @@ class AdamW(Rule):
         step = scale * lr / bias_correction1 * bias_correction2_sqrt
         return decay, step, 1 - beta1, beta2, 1 - beta2, eps * bias_correction2_sqrt
 
-    def update(self, p, g, states, factors):
+    def update(
+        self, p: Tensor, g: Tensor, states: Sequence[Tensor], factors: Sequence[float]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         decay, step, one_minus_beta1, beta2, one_minus_beta2, eps = factors
         m, v, *vmax = states
         m = m + one_minus_beta1 * (g - m)
@@ -133,12 +139,12 @@ class SGD(Rule):
         return self.damped
 
     @classmethod
-    def of(cls, group):
+    def of(cls, group: Mapping[str, Any]) -> "Rule":
         momentum = group["momentum"] != 0
         return cls(momentum, damped=momentum and group["dampening"] != 0)
 
     @staticmethod
-    def check(group):
+    def check(group: Mapping[str, Any]) -> None:
         for name in ("momentum", "dampening", "weight_decay"):
             check_nonnegative(name, group[name])
         check_bool("nesterov", group["nesterov"])
@@ -148,18 +154,20 @@ class SGD(Rule):
                 f"{group['momentum']!r} and dampening={group['dampening']!r}"
             )
 
-    def numbers(self, group):
+    def numbers(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         # without momentum the gradient itself is the step, as the look-ahead of a momentum of 0 is
         nesterov = group["nesterov"] or not self.momentum
         return group["weight_decay"], group["momentum"], group["dampening"], float(nesterov)
 
-    def factors(self, lr, numbers, scale, t):
+    def factors(self, lr: Number, numbers: Sequence[Number], scale: Number, t: Number) -> tuple[Number, ...]:
         weight_decay, momentum, dampening, nesterov = numbers
         # the buffer begins as the first gradient, undamped: 0**0 is 1 and 0**(t - 1) else 0
         taken = 1 - dampening * (1 - 0.0 ** (t - 1))
         return weight_decay, momentum, taken, scale * lr * nesterov, scale * lr * (1 - nesterov * (1 - momentum))
 
-    def update(self, p, g, states, factors):
+    def update(
+        self, p: Tensor, g: Tensor, states: Sequence[Tensor], factors: Sequence[float]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         weight_decay, momentum, taken, grad_step, buffer_step = factors
         g = g + weight_decay * p
         if not states:
@@ -175,21 +183,26 @@ class Lion(Rule):
     name: ClassVar[str] = "lion"
     steps_may_be_unknown: ClassVar[bool] = True
     factor_names: ClassVar[tuple[str, ...]] = ("decay", "step", "one_minus_beta1", "one_minus_beta2")
-    states: ClassVar[tuple[str, ...]] = ("exp_avg",)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return ("exp_avg",)
 
     @staticmethod
-    def check(group):
+    def check(group: Mapping[str, Any]) -> None:
         _check_betas(group["betas"])
         check_nonnegative("weight_decay", group["weight_decay"])
 
-    def numbers(self, group):
+    def numbers(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         return group["weight_decay"], *group["betas"]
 
-    def factors(self, lr, numbers, scale, t):
+    def factors(self, lr: Number, numbers: Sequence[Number], scale: Number, t: Number) -> tuple[Number, ...]:
         weight_decay, beta1, beta2 = numbers
         return 1 - scale * lr * weight_decay, scale * lr, 1 - beta1, 1 - beta2
 
-    def update(self, p, g, states, factors):
+    def update(
+        self, p: Tensor, g: Tensor, states: Sequence[Tensor], factors: Sequence[float]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         decay, step, one_minus_beta1, one_minus_beta2 = factors
         (m,) = states
         direction = (m + one_minus_beta1 * (g - m)).sign()
@@ -202,7 +215,9 @@ class MaskOnly(Rule):
 
     name: ClassVar[str] = "mask"
 
-    def update(self, p, g, states, factors):
+    def update(
+        self, p: Tensor, g: Tensor, states: Sequence[Tensor], factors: Sequence[float]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         return g, ()
 
 

@@ -69,7 +69,7 @@ class LinearAnneal(Schedule):
     epochs: int | None = None
     total_steps: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_p("start", self.start)
         if (self.epochs is None) == (self.total_steps is None):
             raise ValueError(
@@ -80,7 +80,7 @@ class LinearAnneal(Schedule):
         check_int(name, getattr(self, name), 2, WORD)
 
     @property
-    def by(self):
+    def by(self) -> Literal["epoch", "step"]:
         return "epoch" if self.total_steps is None else "step"
 
     @property

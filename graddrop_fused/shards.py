@@ -3,11 +3,15 @@
 import math
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from .contract import Shard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _PLACE = "_graddrop_place"  # plain numbers, so that a pickled parameter needs nothing of ours to load
 
@@ -57,14 +61,14 @@ def gradient_problem(param: Tensor, grad: Tensor) -> str | None:
     """Why ``grad`` cannot be brought to where ``param`` lies, or None."""
     if is_dtensor(param) != is_dtensor(grad):
         return f"must be a {type(param.data).__name__} like its parameter, got a {type(grad).__name__}"
-    if is_dtensor(param) and grad.device_mesh != param.device_mesh:
+    if is_dtensor(param) and is_dtensor(grad) and grad.device_mesh != param.device_mesh:
         return f"must be on its parameter's mesh {param.device_mesh}, got {grad.device_mesh}"
     return None
 
 
 def placed_like(param: Tensor, grad: Tensor) -> Tensor:
     """``grad``, reduced, gathered or cut first if it is a DTensor placed in another way than ``param``."""
-    if not is_dtensor(grad) or grad.placements == param.placements:
+    if not is_dtensor(grad) or not is_dtensor(param) or grad.placements == param.placements:
         return grad
     return grad.redistribute(param.device_mesh, param.placements)
 
@@ -74,7 +78,8 @@ def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
     problem = gradient_problem(param, grad)
     if problem is not None:
         raise ValueError(f"the gradient of a parameter of shape {tuple(param.shape)} {problem}")
-    grad = placed_like(param, grad).to_local() if is_dtensor(grad) else grad
+    grad = placed_like(param, grad)
+    grad = grad.to_local() if is_dtensor(grad) else grad
     # autograd leaves some gradients as views with a lazy sign or conjugation, which kernels would not see
     return grad.as_subclass(Tensor).resolve_conj().resolve_neg()
 
@@ -111,12 +116,13 @@ def shard_of(param: Tensor) -> Shard:
     return Shard(tuple(param.shape), Shard.whole(param.shape).strides, start)
 
 
-def _shard_of_dtensor(param: Tensor) -> Shard:
+def _shard_of_dtensor(param: "DTensor") -> Shard:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, placements = tuple(local(param).shape), param.placements
     if not math.prod(shape):
         return Shard(shape, (0,) * len(shape))
+    box: tuple[tuple[int, ...], tuple[int, ...]] | None
     box = compute_local_shape_and_global_offset(param.shape, param.device_mesh, placements)
     if any(map(_is_strided, placements)):
         # torch gives a strided shard's first element, which need not begin a box, and another shape than FSDP2's for
@@ -132,7 +138,7 @@ def _shard_of_dtensor(param: Tensor) -> Shard:
     return Shard.box(shape, param.shape, box[1])
 
 
-def _strided_box(param: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _strided_box(param: "DTensor") -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """(shape, start) of a shard under placements as FSDP2 makes them over tensor parallelism, None under others.
 
     There a strided shard was cut after all shards of its dimension that stand to its right, as many as its split_factor
@@ -140,7 +146,8 @@ def _strided_box(param: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | Non
     """
     mesh, ranges = param.device_mesh, [(0, size) for size in param.shape]
     order: dict[int, list[int]] = {}  # dimension -> mesh dimensions in the order of cuts
-    for mesh_dim, placement in reversed(list(enumerate(param.placements))):
+    placements: list[Any] = list(param.placements)  # of classes that torch imports only when it needs them
+    for mesh_dim, placement in reversed(list(enumerate(placements))):
         if placement.is_replicate():
             continue
         cuts = order.setdefault(placement.dim, [])
@@ -163,11 +170,11 @@ def _chunk(start: int, size: int, count: int, index: int) -> tuple[int, int]:
     return start + first, min(size, first + most) - first
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
     # before its module is imported (most of a second) there is none
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _is_strided(placement) -> bool:
+def _is_strided(placement: Any) -> bool:
     return hasattr(placement, "split_factor")

@@ -2,6 +2,7 @@
 
 import sys
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def skip_dropped_layers(model: nn.Module, optimizer: Optimizer) -> "SkippedLayer
 
 def unwrap(optimizer: Optimizer) -> MaskedOptimizer:
     """The masked optimizer inside Accelerate's and Lightning's wrappers. Raises TypeError if there is none."""
-    inner = optimizer
+    inner: Any = optimizer
     while not isinstance(inner, MaskedOptimizer):
         if not isinstance(getattr(inner, "optimizer", None), Optimizer):
             raise TypeError(
@@ -78,7 +79,7 @@ class SkippedLayers:
         self._check_checkpointing()
         self._within = within
         self._optimizer = optimizer
-        self._params = set(model.parameters())
+        self._params: set[Tensor] = set(model.parameters())
         if not any(p in self._params for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(
                 f"optimizer must hold parameters of the model, got one with none of {type(model).__name__}'s"
@@ -103,7 +104,7 @@ class SkippedLayers:
     def __enter__(self) -> "SkippedLayers":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def _before_call(self, module: nn.Module) -> bool:
@@ -156,7 +157,7 @@ class SkippedLayers:
         self._calls.renew()
         self._decide(set())
 
-    def _before_any_step(self, optimizer: Optimizer, *_) -> None:
+    def _before_any_step(self, optimizer: Optimizer, *_: object) -> None:
         known = self._optimizer._switched_off
         if optimizer is self._optimizer or not self._decided or not self._is_in_its_loop():
             return

@@ -147,7 +147,7 @@ class Walk:
         else:
             self._add([name], stage, place, is_block=not _NO_BLOCK.search(type(unwrapped(stage)).__name__))
 
-    def _add(self, names: list[str], holder: Holder, place: str, *, is_block=False, known=True) -> None:
+    def _add(self, names: list[str], holder: Holder, place: str, *, is_block: bool = False, known: bool = True) -> None:
         self.parts.append(Part(tuple(map(canonical_name, names)), holder, place, is_block, known))
 
 

@@ -100,7 +100,7 @@ def complete(entry: Mapping[str, Any], param: Tensor, rule: Rule, dtype: torch.d
 
 def _unusual(state: Tensor, param: Tensor) -> bool:
     """A DTensor placed otherwise, or a subclass whose memory kernels cannot see."""
-    return is_dtensor(param) and (not is_dtensor(state) or state.placements != param.placements)
+    return is_dtensor(param) and not (is_dtensor(state) and state.placements == param.placements)
 
 
 def missing(

@@ -5,7 +5,7 @@ of its group's rule at its own step count. A tensor that the step leaves alone i
 """
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,9 @@ from .rules import Rule
 HOST = torch.device("cpu")
 _LEFT_ALONE = Row(Mask.DROP), Effect.FREEZE
 _EVERY_BLOCK = Row(Mask.BLOCK)
+
+
+DeviceColumns = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # of DeviceNumbers.advance
 
 
 class Kind(NamedTuple):
@@ -136,7 +139,7 @@ class DeviceTables:
 
     @classmethod
     def of(cls, batch: Batch, rule: Rule, kinds: Sequence[Kind], stream_ids: Sequence[int]) -> "DeviceTables":
-        def tensor(values, dtype=torch.int64):
+        def tensor(values: Iterable[float], dtype: torch.dtype = torch.int64) -> Tensor:
             return to_device(torch.tensor(list(values), dtype=dtype, device=HOST), batch.integers.device)
 
         return cls(
@@ -153,7 +156,7 @@ class DeviceTables:
     def fill(
         self,
         groups: Sequence[Mapping[str, Any]],
-        numbers: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
+        numbers: DeviceColumns,
         t: Tensor,
         left_alone: Sequence[int],
     ) -> None:
@@ -190,7 +193,7 @@ class DeviceTables:
             integers[run, Integer.MASK] = int(Mask.DROP)
             integers[run, Integer.EFFECT] = int(Effect.FREEZE)
 
-    def frozen(self, numbers: tuple[tuple[Tensor, ...], tuple[Tensor, ...]], groups) -> Tensor:
+    def frozen(self, numbers: DeviceColumns, groups: Sequence[Mapping[str, Any]]) -> Tensor:
         """(tensors,), bool: those that the step leaves alone as a whole, by their group's mask."""
         effect = self._hyperparameters(groups)[:, 0]
         return ((numbers[0][0] == Mask.DROP) & (effect == Effect.FREEZE))[self.group_of]

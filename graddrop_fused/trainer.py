@@ -120,6 +120,7 @@ class GradDropCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         self._stop()
+        assert model is not None and optimizer is not None  # the Trainer gives them
         self._optimizer = unwrap(optimizer)
         for option in ("skip_dropped_layers", "skip_dropped_rows"):
             if getattr(self, option):
@@ -210,7 +211,8 @@ def _caller() -> tuple[CallbackHandler | None, FrameType | None]:
 
     No event tells a callback that its loop was interrupted, and none hands it the handler; Python's stack has both.
     """
-    handler, frame = None, sys._getframe(2)
+    handler: CallbackHandler | None = None
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None and isinstance(frame.f_locals.get("self"), CallbackHandler):
         handler, frame = frame.f_locals["self"], frame.f_back
     return handler, frame

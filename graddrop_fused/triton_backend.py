@@ -11,8 +11,10 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +120,7 @@ def pack(batch: Batch, *, seed: int) -> None:
         return
     from .kernels.triton.kernels import pack_kernel
 
-    device = batch.packed[0].device
+    device = next(words.device for words in batch.packed if words is not None)
     with _on(device):
         tables = _tables(batch, device, in_memory_order=False)
         pack_kernel[(len(tables.chunks),)](
@@ -139,7 +141,7 @@ def rule_constants(rule: Rule) -> dict:
 
 
 @cache
-def _update_of(name: str):
+def _update_of(name: str) -> Any:
     try:
         return importlib.import_module(f"{__package__}.kernels.triton.{name}").update
     except (ModuleNotFoundError, AttributeError):
@@ -186,8 +188,8 @@ def kinds_and_effects(batch: Batch) -> dict[str, int]:
     end in one of the two, and a kernel would be compiled in the middle of a training.
     """
     left_alone = {(Mask.DROP, Effect.FREEZE)}  # not counted: it comes and goes with gradients
-    pairs = batch.pairs
-    if pairs is None:
+    pairs = set(batch.pairs or ())
+    if batch.pairs is None:
         pairs = {(m, e) for m, e in batch.integers[:, [Integer.MASK, Integer.EFFECT]].tolist()} - left_alone
         effects = {effect for _, effect in pairs} or {Effect.FREEZE}
         pairs |= {(mask, effect) for mask in (Mask.KEEP, Mask.DROP) for effect in effects}
@@ -210,7 +212,7 @@ def _warp_size(device: torch.device) -> int:
     return 32 if device.type == "cpu" else torch.cuda.get_device_properties(device).warp_size
 
 
-def _on(device: torch.device):
+def _on(device: torch.device) -> AbstractContextManager[Any]:
     return contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
@@ -248,8 +250,8 @@ class _Tables:
         self.layout = self.rows.to(device, copy=True)
         self.stale = False  # a captured graph took rows that `layout` does not have
         self.in_graph = False  # a captured graph reads `layout`: it must stay as it is
-        self.spare = None  # a layout on the host and one on the device, for the next capture
-        self.captured = []  # what captured graphs read and copy, kept alive
+        self.spare: tuple[Tensor, Tensor] | None = None  # layouts on the host and the device, for the next capture
+        self.captured: list[Any] = []  # what captured graphs read and copy, kept alive
 
     def layout_now(self, batch: Batch) -> Tensor:
         """The layout table with the gradients' places of now."""

@@ -250,3 +250,9 @@ def test_versions_agree():
     version = graddrop_fused.__version__
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).group(1) == version
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_every_public_name_is_type_checked():
+    """`make lint` checks the types; this, that none is left out."""
+    user = (ROOT / "tests" / "helpers" / "typed_user.py").read_text()
+    assert [name for name in graddrop_fused.__all__ if not re.search(rf"^    {name},$", user, re.M)] == []

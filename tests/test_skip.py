@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers as hf
+from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import layer_skipping
@@ -592,6 +593,34 @@ def test_modules_compiled_in_place_meanwhile(what):
     (a, opt_a, _), (b, opt_b, off) = run(False), run(True)
     assert_same(a, b, opt_a, opt_b)
     assert any(off)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+@pytest.mark.parametrize("drop", [GradFreeze("top-down"), LayerGradDrop(p=0.5)], ids=["GradFreeze", "LayerGradDrop"])
+def test_compiled_blocks_are_compiled_a_few_times(drop):
+    """A whole model is compiled for each set of dropped layers, and beyond dynamo's limit no more."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 9, "num_attention_heads": 2, "intermediate_size": 24}
+    config = hf.BertConfig(**sizes, vocab_size=40, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    runs = []
+    for skips in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = hf.BertForSequenceClassification(config)
+        count = CompileCounter()
+        for block in model.bert.encoder.layer:
+            block.compile(backend=count)
+        opt = GradDropAdamW(param_groups(model, drop=drop), lr=1e-2)
+        skipped = skip_dropped_layers(model, opt)
+        if not skips:
+            skipped.remove()
+        for step in range(12):
+            opt.set_epoch(step)
+            model(input_ids=torch.arange(16).view(2, 8) + step, labels=torch.tensor([0, 1])).loss.backward()
+            opt.step()
+            opt.zero_grad()
+        runs.append(list(model.parameters()))
+    assert 2 <= count.frame_count <= 4
+    assert all(map(torch.equal, *runs))
 
 
 def test_hook_on_the_compiled_model():

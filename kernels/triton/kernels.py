@@ -153,21 +153,22 @@ def update_wide(
         random_key = rounding_key(rounding, seed)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
     window, block, key = mask_numbers(integers, seed)
-    offset = tl.load(row + OFFSET)
-    p_ptr, g_ptr = aligned(row + PARAM, PARAM_DTYPE), aligned(row + GRAD, GRAD_DTYPE)
+    # from here on everything is counted from the chunk's part of the tensor, in 32 bits
+    count, index = (stop - start).to(tl.int32), tl.load(row + OFFSET) + start
+    p_ptr, g_ptr = aligned(row + PARAM, PARAM_DTYPE) + start, aligned(row + GRAD, GRAD_DTYPE) + start
     state_ptrs = ()
     for k in tl.static_range(STATES):
-        state_ptrs = state_ptrs + (aligned(row + STATE + k, STATE_DTYPE),)
-    packed = aligned(row + PACKED_WORDS, tl.int32)
+        state_ptrs = state_ptrs + (aligned(row + STATE + k, STATE_DTYPE) + start,)
+    packed = aligned(row + PACKED_WORDS, tl.int32) + start // 32
     reads_grad = has_grad(row, kind, effect)
-    origin = block_origin((offset + start) // TILE, tl.maximum(block // TILE, 1))
+    origin = block_origin(index // TILE, tl.maximum(block // TILE, 1))
     if OWN:
         table = block_table(row, kind, effect, origin[0], block, dtype)
 
-    for first in range(start, stop, TILES * TILE):
+    for first in range(0, count, TILES * TILE):
         first = tl.multiple_of(first, TILE)
-        whole = whole_tiles_kept(kind, (first - start) // TILE, origin, window, key, KINDS, TILES)
-        bits = wide_kept(kind, whole, offset + first, packed + first // 32, window, key, KINDS, TILES, VECTOR)
+        whole = whole_tiles_kept(kind, first // TILE, origin, window, key, KINDS, TILES)
+        bits = wide_kept(kind, whole, index + first, packed + first // 32, window, key, KINDS, TILES, VECTOR)
         whole = whole[:, :, None]
         live, any_live = tl.full([TILES, 1, 1], True, tl.int1), True
         if BLOCK_BIT & KINDS:
@@ -177,11 +178,11 @@ def update_wide(
         if any_live:
             grad_live = tl.where(reads_grad, takes_grad(whole, effect), False)
             if GAUSSIAN_BIT & KINDS:
-                noise = wide_noise(offset + first, key, TILES, VECTOR)
+                noise = wide_noise(index + first, key, TILES, VECTOR)
             if rounding is not None:
-                drawn = wide_words(offset + first, random_key, VALUES, TILES)
+                drawn = wide_words(index + first, random_key, VALUES, TILES)
             if OWN:
-                on = blocks_on(((first - start) // TILE).to(tl.int32) + tl.arange(0, TILES)[:, None, None], origin)
+                on = blocks_on(first // TILE + tl.arange(0, TILES)[:, None, None], origin)
                 mine = block_factors(table, on, live, factors, FACTORS)
             else:
                 mine = factors
