@@ -74,6 +74,7 @@ class Variant:
     rule: str | None = "adamw"
     effect: str = "gradient"
     dims: int = 0  # of the strided tensors in the batch; 0: there are none
+    rounding: str = "nearest"
 
     @property
     def kinds(self) -> int:
@@ -113,6 +114,7 @@ class Variant:
             return f"pack: {self.mask}"
         parts = [self.mask, self.dtypes] + [self.effect] * (self.effect != "gradient")
         parts += [f"{self.dims} dimensions"] * (self.dims > 0)
+        parts += ["stochastic rounding"] * (self.rounding == "stochastic")
         return ("" if self.rule == "adamw" else f"{self.rule}: ") + ", ".join(parts)
 
 
@@ -127,6 +129,9 @@ VARIANTS = [
     *(Variant("element", "bf16", rule=rule) for rule in ("amsgrad", "lion")),
     *(Variant(mask, dims=2) for mask in ("none", "element")),
     Variant("element", "bf16", dims=3),
+    *(Variant("element", dtypes, rounding="stochastic") for dtypes in ("bf16, fp32 state", "bf16")),
+    Variant("none", "bf16", rounding="stochastic"),
+    Variant("element", "bf16", dims=2, rounding="stochastic"),
     Variant("element", rule=None),
 ]
 
@@ -147,7 +152,17 @@ def compile_variant(variant: Variant, target: str):
         rule: Rule = RULES[variant.rule]
         given |= triton_backend.rule_constants(rule) | triton_backend.dtype_constants(DTYPES[variant.dtypes])
         given |= {"grad_scale": None, "found_inf": None, "EFFECTS": EFFECTS[variant.effect]}
-    types = {"chunks": "*i64", "layout": "*i64", "integers": "*i64", "reals": "*fp64", "seed": "u64"}
+        given |= {"rounding": None} if variant.rounding == "nearest" else {}
+        given["OWN"] = rule.counts and (variant.mask, variant.effect) == ("block", "freeze")
+    types = {
+        "chunks": "*i64",
+        "layout": "*i64",
+        "integers": "*i64",
+        "reals": "*fp64",
+        "rounding": "*i64",
+        "seed": "u64",
+    }
+    types = {name: type for name, type in types.items() if name not in given}
     return triton.compile(
         ASTSource(
             kernel,

@@ -30,6 +30,9 @@ class GradDropAdamW(MaskedOptimizer):
             policy's own default: "gradient", but "freeze" for GradFreeze.
         state_dtype: torch.float32 or torch.bfloat16 for the moments; None is the parameter's own dtype, as in torch,
             but float32 for float16 parameters. float64 parameters always have float64 moments.
+        rounding: "nearest", or "stochastic" for bfloat16 parameters: they and their bfloat16 moments are rounded up or
+            down by chance, right on average, so that small steps are not lost. Chance follows from seed, step and name.
+            float32 moments stay as they are; parameters of other dtypes are refused. A group may have its own.
         backend: "auto", "triton", "cpu" or "reference".
 
     Raises:
@@ -59,6 +62,7 @@ class GradDropAdamW(MaskedOptimizer):
         steps_per_epoch: int | None = None,
         effect: str | None = None,
         state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
         backend: str = "auto",
     ):
         super().__init__(
@@ -80,5 +84,6 @@ class GradDropAdamW(MaskedOptimizer):
             steps_per_epoch=steps_per_epoch,
             effect=effect,
             state_dtype=state_dtype,
+            rounding=rounding,
             backend=backend,
         )

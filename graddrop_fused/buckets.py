@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from . import mask_stream, reference, validate
-from .contract import Batch, Effect, Integer, Mask, Real, Shard
-from .groups import Layers, Member, block_of, is_layerwise, own_rescale_of, static_mask
+from .block_steps import BlockSteps
+from .contract import Batch, Effect, Integer, Mask, Real, Rounding, Shard
+from .cuda_graph import to_device
+from .groups import Layers, Member, block_of, blocks_of, is_layerwise, own_rescale_of, static_mask
 from .numbers import HostNumbers
 from .rules import Rule
 from .shards import is_dtensor, local, local_gradient
@@ -70,6 +72,7 @@ class Bucket:
     batch: Batch
     tables: HostTables | DeviceTables
     members: list[Member]
+    kinds: list[Kind]
     positions: list[int]  # each member's, in the flat list of all parameters
     grad_dtype: torch.dtype | None
     absent: list[int] = field(default_factory=list)  # tensors without a gradient in the coming step
@@ -193,7 +196,7 @@ def _gather(
     all_members: Sequence[Member],
     rule: Rule,
     on_device: bool,
-) -> tuple[Batch, HostTables | DeviceTables, list[Member]]:
+) -> tuple[Batch, HostTables | DeviceTables, list[Member], list[Kind]]:
     members = [all_members[i] for i in positions]
     device = members[0].param.device
     where = device if on_device else HOST
@@ -210,14 +213,19 @@ def _gather(
         ],
     )
     kinds = [
-        Kind(m.group, block_of(groups[m.group], m.param), own_rescale_of(groups[m.group], mask))
+        Kind(
+            m.group,
+            block_of(groups[m.group], m.param),
+            own_rescale_of(groups[m.group], mask),
+            blocks_of(groups[m.group], m.param) if rule.counts else 0,
+        )
         for m, mask in zip(members, static, strict=True)
     ]
     stream_ids = [
         layers.stream_ids[layers.of_group[m.group]] if is_layerwise(groups[m.group]) else m.stream_id for m in members
     ]
     tables = (DeviceTables.of if on_device else HostTables)(batch, rule, kinds, stream_ids)
-    return batch, tables, members
+    return batch, tables, members, kinds
 
 
 def _pack_local(mask: Tensor, shard: Shard, device: torch.device) -> Tensor:
@@ -236,12 +244,30 @@ class UpdateBucket(Bucket):
         self.views = list(self.steps.unbind())
         for entry, step in zip(entries, self.views, strict=True):
             entry["step"] = step
+        self.block_steps = self._block_steps(entries)
         self.states = [[entry[name] for entry in entries] for name in self.names]
         self.batch.states = [[local(t) for t in tensors] for tensors in self.states]
         self.facts = Facts(self._locals())
         self.written = self.params + [t for tensors in self.states for t in tensors]
         if self.sharded:
             self.written = self.written + self._locals()
+
+    def _block_steps(self, entries: list[dict[str, Any]]) -> BlockSteps | None:
+        here = [i for i, kind in enumerate(self.kinds) if kind.blocks]
+        self.counting = [entries[i] for i in here]
+        if not here:
+            return None
+        kinds = [self.kinds[i] for i in here]
+        return BlockSteps(
+            self.batch,
+            self.rule,
+            self.backend,
+            here,
+            blocks=[kind.blocks for kind in kinds],
+            block_sizes=[kind.block for kind in kinds],
+            groups=[kind.group for kind in kinds],
+            entries=self.counting,
+        )
 
     def _locals(self) -> list[Tensor]:
         tensors = self.params + [t for tensors in self.states for t in tensors]
@@ -253,10 +279,18 @@ class UpdateBucket(Bucket):
         same = all(map(operator.is_, [entry.get("step") for entry in entries], self.views))
         for name, tensors in zip(self.names, self.states, strict=True):
             same = same and all(map(operator.is_, [entry.get(name) for entry in entries], tensors))
+        if self.block_steps is not None:
+            same = same and self.block_steps.stand(self.counting)
         return same and self.facts.hold(self._locals())
 
-    def prepare_on_host(self, steps: Mapping[int, GroupStep]) -> None:
-        """Fill in the tables for the coming step, which :meth:`run` counts."""
+    def round_stochastically(self) -> None:
+        """From now on, bfloat16 is rounded by the parameters' own random numbers of a step."""
+        table = torch.zeros(len(self.members), len(Rounding), dtype=torch.int64, device=HOST)
+        table[:, Rounding.STREAM_ID] = torch.tensor([m.stream_id for m in self.members], dtype=torch.int64, device=HOST)
+        self.batch.rounding = table.to(self.batch.integers.device)
+
+    def prepare_on_host(self, steps: Mapping[int, GroupStep], draw: int, seed: int) -> None:
+        """Fill in the tables for the coming step, number ``draw``, which :meth:`run` counts."""
         t, out = self.steps.tolist(), set(self.absent)
         for group, tensors in self.by_group.items():
             if steps[group].frozen:
@@ -268,9 +302,21 @@ class UpdateBucket(Bucket):
         else:
             t, self.counted = [count + 1.0 for count in t], _ONE
         self.fill(steps, t)
+        self._fill_draw(draw)
+        if self.block_steps is not None:
+            columns = 1 + len(next(iter(steps.values())).numbers)
+            numbers = torch.zeros(max(steps) + 1, columns, dtype=torch.float64, device=HOST)
+            for group, step in steps.items():
+                numbers[group] = torch.tensor([step.lr, *step.numbers], dtype=torch.float64, device=HOST)
+            self.block_steps.prepare(to_device(numbers, self.device), seed)
 
     def prepare_on_device(
-        self, groups: Sequence[Mapping[str, Any]], numbers: DeviceColumns, found_inf: Tensor | None
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        numbers: DeviceColumns,
+        draw: Tensor,
+        found_inf: Tensor | None,
+        seed: int,
     ) -> None:
         """The same from a device's numbers."""
         assert isinstance(self.tables, DeviceTables)
@@ -281,6 +327,13 @@ class UpdateBucket(Bucket):
             counted = counted * (found_inf == 0).to(counted).reshape(())
         self.counted = counted
         self.tables.fill(groups, numbers, (self.steps + counted).double(), self.absent)
+        self._fill_draw(draw)
+        if self.block_steps is not None:
+            self.block_steps.prepare(self.tables.rule_numbers(groups), seed, found_inf)
+
+    def _fill_draw(self, draw: int | Tensor) -> None:
+        if self.batch.rounding is not None:
+            self.batch.rounding[:, Rounding.DRAW] = draw
 
     def run(self, launch: Callable[[], None]) -> None:
         """Update, and count the step; if it is broken off between two tensors, for those that are updated."""
@@ -289,9 +342,13 @@ class UpdateBucket(Bucket):
         except BaseException:
             done = self.batch.done
             self.steps[:done] += self.counted[:done] if self.counted.dim() else self.counted
+            if self.block_steps is not None:
+                self.block_steps.commit(done)
             raise
         self.batch.done = len(self.members)
         self.steps += self.counted
+        if self.block_steps is not None:
+            self.block_steps.commit(len(self.members))
         if self.backend is not reference:  # whose operations tell autograd themselves
             torch.autograd.graph.increment_version(self.written)
 

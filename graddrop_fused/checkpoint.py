@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import mask_stream, state, validate
+from . import block_steps, mask_stream, state, validate
 from .checks import check_int, is_int, plain, shown
 from .clock import ENTRIES, Clock
 from .policies import policy_from_state
@@ -152,6 +152,9 @@ def _entry(index: Any, entry: Any, param: Tensor, rule: Rule) -> dict[str, Any]:
     """One parameter's saved state, with torch's ways filled in. Empty: it never had a step."""
     _check_type(f"state of parameter {index!r}", entry, Mapping)
     entry = {name: value for name, value in entry.items() if value is not None}
+    counts = entry.pop(block_steps.NAME, None)
+    if isinstance(counts, Tensor) and counts.dtype.is_floating_point:
+        counts = None  # a torch optimizer has cast them, and trained without counting
     if "step" not in entry and rule.steps_may_be_unknown:
         if entry:  # of an optimizer that keeps no count: this is not its first step
             entry["step"] = 1.0
@@ -167,6 +170,9 @@ def _entry(index: Any, entry: Any, param: Tensor, rule: Rule) -> dict[str, Any]:
     state.check_step(f"the checkpoint's step of parameter {index!r}", entry["step"])
     for name in rule.states:
         state.check_tensor(f"the checkpoint's {name} of parameter {index!r}", entry[name], param)
+    if counts is not None:
+        state.check_block_steps(f"the checkpoint's {block_steps.NAME} of parameter {index!r}", counts, param)
+        entry[block_steps.NAME] = counts
     return entry
 
 

@@ -13,7 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-CONTRACT_VERSION = 2  # a changed column, enum or meaning is a new version; compiled backends are checked against it
+CONTRACT_VERSION = 4  # a changed column, enum or meaning is a new version; compiled backends are checked against it
 MAX_DIMS = 6  # after collapsing; a dense tensor needs one dimension, a permuted one as many as it has
 MAX_STATES = 3  # tensors of state that an update rule may keep per parameter
 MAX_FACTORS = 6  # numbers that an update rule may take per tensor
@@ -63,17 +63,25 @@ class Real(IntEnum):
         return cls.FACTOR + MAX_FACTORS
 
 
+class Rounding(IntEnum):
+    """Columns of Batch.rounding: int64, shape (tensors, 2). Whose random numbers round a tensor's bfloat16 values."""
+
+    DRAW = 0  # Philox counter word 2: the step
+    STREAM_ID = 1  # the parameter's, also where Integer.STREAM_ID is a layer's
+
+
 class Layout(IntEnum):
-    """Columns of the layout table that compiled backends read: int64, shape (tensors, 33). Pointers are 0 if absent."""
+    """Columns of the layout table that compiled backends read: int64, shape (tensors, 34). Pointers are 0 if absent."""
 
     PARAM = 0
     GRAD = 1
     STATE = 2  # the first of MAX_STATES
     PACKED = STATE + MAX_STATES
-    NUMEL = 6
-    OFFSET = 7  # global index of the local element 0
-    NDIM = 8  # collapsed dimensions; NDIM <= 1 with unit strides is the linear case
-    SIZE = 9
+    BLOCK_FACTORS = 6
+    NUMEL = 7
+    OFFSET = 8  # global index of the local element 0
+    NDIM = 9  # collapsed dimensions; NDIM <= 1 with unit strides is the linear case
+    SIZE = 10
     PARAM_STRIDE = SIZE + MAX_DIMS  # of the parameter and all its state, in elements
     GRAD_STRIDE = PARAM_STRIDE + MAX_DIMS
     GLOBAL_STRIDE = GRAD_STRIDE + MAX_DIMS  # steps of the global element index
@@ -122,7 +130,13 @@ class Batch:
     elements of a parameter share memory.
 
     ``grads[i]`` None is a gradient of zeros. State has its parameter's strides. Under the rule "mask", which writes the
-    masked gradient itself, ``params`` is the list ``grads``. A backend keeps what it derives from the tensors in
+    masked gradient itself, ``params`` is the list ``grads``.
+
+    ``block_factors[i]`` (blocks, MAX_FACTORS), in the arithmetic's dtype, stands in for the rule's factors in ``reals``
+    where tensor i has Mask.BLOCK and Effect.FREEZE. Its row b is that of the whole parameter's block
+    ``shards[i].offset // Integer.BLOCK + b``, and up to date where that is kept.
+
+    A backend keeps what it derives from the tensors in
     ``cache``; whoever replaces any tensor but a gradient makes a new Batch.
     """
 
@@ -133,6 +147,8 @@ class Batch:
     grads: list[Tensor | None] = field(default_factory=list)
     states: list[list[Tensor]] = field(default_factory=list)  # states[k][i]: the rule's k-th state of tensor i
     packed: list[Tensor | None] = field(default_factory=list)  # int32 words; None: not needed
+    block_factors: list[Tensor | None] = field(default_factory=list)  # None, or an empty list: those in `reals`
     pairs: frozenset[tuple[Mask, Effect]] | None = None  # that may occur; None: those in `integers` (on the host)
+    rounding: Tensor | None = None  # (tensors, 2), int64, where `integers` is: bfloat16 stochastically
     done: int = 0  # tensors that a launch has updated, the first ones; all of them, unless it was broken off
     cache: dict = field(default_factory=dict)

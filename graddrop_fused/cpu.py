@@ -68,9 +68,8 @@ def prepare(
     ops, level = _op(level)
     number = _rule_number(rule.name, len(batch.states))
     layout, dtypes = _tables(batch)
-    return partial(
-        ops.update, layout, batch.integers, batch.reals, number, dtypes, _signed(seed), inv_grad_scale, level
-    )
+    tables = layout, batch.integers, batch.reals, batch.rounding
+    return partial(ops.update, *tables, number, dtypes, _signed(seed), inv_grad_scale, level)
 
 
 def pack(batch: Batch, *, seed: int, level: int | None = None) -> None:

@@ -9,12 +9,13 @@ from .contract import MAX_DIMS, Layout
 
 
 class DeviceRow(IntEnum):
-    """Columns of a device's layout table: int64, shape (tensors, 45). As Layout, but for the dimensions."""
+    """Columns of a device's layout table: int64, shape (tensors, 46). As Layout, but for the dimensions."""
 
     PARAM = Layout.PARAM
     GRAD = Layout.GRAD
     STATE = Layout.STATE
     PACKED = Layout.PACKED
+    BLOCK_FACTORS = Layout.BLOCK_FACTORS
     NUMEL = Layout.NUMEL
     OFFSET = Layout.OFFSET
     LINEAR = Layout.NDIM  # 1 where memory and global index run through the tensor with stride 1
@@ -34,7 +35,7 @@ _DIMENSIONS = (Layout.SIZE, Layout.PARAM_STRIDE, Layout.GRAD_STRIDE, Layout.GLOB
 
 
 def device_rows(table: Tensor, in_memory_order: bool) -> Tensor:
-    """A layout table (tensors, 33) -> the table of a device, both on the host.
+    """A layout table (tensors, 34) -> the table of a device, both on the host.
 
     Args:
         in_memory_order: number elements as they lie in the parameter's memory, so that neighbouring threads access

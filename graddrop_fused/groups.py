@@ -87,6 +87,10 @@ def effect_of(group: Mapping[str, Any]) -> Effect:
     return Effect[effect.upper()]
 
 
+def rounds_stochastically(group: Mapping[str, Any]) -> bool:
+    return group.get("rounding") == "stochastic"
+
+
 def is_layerwise(group: Mapping[str, Any]) -> bool:
     policy = policy_of(group)
     return policy is not None and policy.layerwise
@@ -101,6 +105,14 @@ def block_of(group: Mapping[str, Any], param: Tensor) -> int:
         return int(policy.block)
     shape = whole_shape(param)
     return max(1, math.prod(shape[1:])) if len(shape) > 1 else 1
+
+
+def blocks_of(group: Mapping[str, Any], param: Tensor) -> int:
+    """How many blocks the whole of ``param`` has that count their own steps; 0: they step alike, or it has none."""
+    block = block_of(group, param)
+    if block == 1 or effect_of(group) != Effect.FREEZE:
+        return 0
+    return -(-math.prod(whole_shape(param)) // block)
 
 
 def static_mask(group: Mapping[str, Any], member: Member) -> Tensor | None:

@@ -50,11 +50,13 @@ def layout_row(batch: Batch, i: int) -> list[int]:
 
     states = [batch.states[k][i].data_ptr() if k < len(batch.states) else 0 for k in range(MAX_STATES)]
     packed = batch.packed[i] if batch.packed else None
+    block_factors = batch.block_factors[i] if batch.block_factors else None
     return [
         batch.params[i].data_ptr() if batch.params else 0,
         0 if grad is None else grad.data_ptr(),
         *states,
         0 if packed is None else packed.data_ptr(),
+        0 if block_factors is None else block_factors.data_ptr(),
         shard.numel,
         shard.offset,
         len(sizes),

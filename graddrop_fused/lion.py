@@ -17,7 +17,7 @@ class GradDropLion(MaskedOptimizer):
 
     Args:
         lr: float or a tensor of one element. betas: of the direction and of the momentum. weight_decay: decoupled.
-        maximize, capturable, drop, seed, steps_per_epoch, effect, state_dtype, backend: as in GradDropAdamW.
+        maximize, capturable, drop, seed, steps_per_epoch, effect, state_dtype, rounding, backend: as in GradDropAdamW.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -42,6 +42,7 @@ class GradDropLion(MaskedOptimizer):
         steps_per_epoch: int | None = None,
         effect: str | None = None,
         state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
         backend: str = "auto",
     ):
         super().__init__(
@@ -53,5 +54,6 @@ class GradDropLion(MaskedOptimizer):
             steps_per_epoch=steps_per_epoch,
             effect=effect,
             state_dtype=state_dtype,
+            rounding=rounding,
             backend=backend,
         )

@@ -39,9 +39,10 @@ class Purpose(IntEnum):
     LAYER = 1
     GAUSSIAN = 2
     BLOCK = 3
-    ROUND_PARAM = 4  # stochastic rounding: of the parameter, and of the rule's first and second state
+    ROUND_PARAM = 4  # stochastic rounding: of the parameter, and of the rule's first, second and third state
     ROUND_STATE_0 = 5
     ROUND_STATE_1 = 6
+    ROUND_STATE_2 = 7
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
@@ -146,6 +147,19 @@ def gaussian(elements: Tensor, *, seed: int, draw: int, stream_id: int) -> Tenso
 def gaussian_counter(elements: Tensor) -> tuple[Tensor, Tensor]:
     """Elements (int64) -> (counter index, which of its four normals): 32 counters make a tile of 128 elements."""
     return 32 * (elements // TILE) + elements % 32, elements // 32 % 4
+
+
+def round_stochastically(values: Tensor, random: Tensor) -> Tensor:
+    """float32 ``values`` to bfloat16: up with the share of a unit in the last place that they are beyond it.
+
+    The bits plus a 16-bit number, of which the upper half is kept. A NaN and an infinity are rounded as to nearest.
+
+    Args:
+        random: integers of the same shape, unsigned 16-bit values: of :func:`element_random`.
+    """
+    bits = values.contiguous().view(torch.int32)
+    upper = ((bits + random.to(torch.int32)) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(values.isfinite(), upper, values.to(torch.bfloat16))
 
 
 def _select(four: Sequence[Tensor], which: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .buckets import Plan, UpdateBucket, make_buckets
 from .clock import Clock
 from .cuda_graph import check_not_capturing
 from .fakes import check_no_fake_mode, is_fake
-from .groups import Layers, members, policy_of
+from .groups import Layers, members, policy_of, rounds_stochastically
 from .numbers import DeviceNumbers, HostNumbers, StepNumbers
 from .policies import Policy
 from .rules import Rule
@@ -44,6 +44,7 @@ class MaskedOptimizer(Optimizer):
         steps_per_epoch: int | None,
         effect: str | None,
         state_dtype: torch.dtype | None,
+        rounding: str,
         backend: str,
     ):
         dispatch.check_name(backend)
@@ -56,6 +57,7 @@ class MaskedOptimizer(Optimizer):
         self._inside_backward: InsideBackward | None = None
         self._switched_off: set[int] = set()  # id(param): its missing gradient is zero (skip_dropped_layers)
         defaults = {**hyperparameters, "capturable": capturable, "drop": drop, "effect": effect}
+        defaults["rounding"] = rounding
         validate.group_options(defaults, self.rule_class)
         super().__init__(params, defaults)
         validate.all_groups(self.param_groups)
@@ -207,7 +209,9 @@ class MaskedOptimizer(Optimizer):
             if coming.packed:
                 bucket.pack(coming.packed, self.seed)
             bucket.prepare_on_host(
-                {g: group_step(groups[g], bucket.rule, *coming.rows[g], effects[g]) for g in bucket.by_group}
+                {g: group_step(groups[g], bucket.rule, *coming.rows[g], effects[g]) for g in bucket.by_group},
+                coming.draw,
+                self.seed,
             )
 
     def _count(self, coming: StepNumbers) -> None:
@@ -220,9 +224,10 @@ class MaskedOptimizer(Optimizer):
             self._device_numbers[device] = DeviceNumbers(groups, plan.layers, self._clock, device)
         now = {d: numbers.advance(_to(found_inf, d)) for d, numbers in self._device_numbers.items()}
         for bucket in plan.buckets:
-            pairs = self._device_numbers[bucket.device].pairs
-            bucket.batch.pairs = frozenset().union(*(pairs[group] for group in bucket.by_group))
-            bucket.prepare_on_device(groups, now[bucket.device], _to(found_inf, bucket.device))
+            numbers = self._device_numbers[bucket.device]
+            bucket.batch.pairs = frozenset().union(*(numbers.pairs[group] for group in bucket.by_group))
+            inf = _to(found_inf, bucket.device)
+            bucket.prepare_on_device(groups, now[bucket.device], numbers.next_draw, inf, self.seed)
 
         def commit() -> None:
             for numbers in self._device_numbers.values():
@@ -265,7 +270,8 @@ class MaskedOptimizer(Optimizer):
 
     def _plan_key(self) -> tuple:
         return tuple(
-            (g["drop"], g["effect"], g.get("layer"), g["capturable"], self.rule_class.of(g)) for g in self.param_groups
+            (g["drop"], g["effect"], g.get("rounding"), g.get("layer"), g["capturable"], self.rule_class.of(g))
+            for g in self.param_groups
         )
 
     def _make_plan(
@@ -298,16 +304,29 @@ class MaskedOptimizer(Optimizer):
             groups,
             every,
             wanted,
-            lambda i: (rules[every[i].group], dtypes[i], state.dtype_of(params[i], self.state_dtype)),
+            lambda i: (
+                rules[every[i].group],
+                dtypes[i],
+                (state.dtype_of(params[i], self.state_dtype), rounds_stochastically(groups[every[i].group])),
+            ),
             lambda p: dispatch.choose_for(self.backend, p),
             UpdateBucket,
             on_device=self._capturable(),
         )
         missing = [
-            state.missing(b.members, self.state, b.rule, state.dtype_of(b.params[0], self.state_dtype)) for b in buckets
+            state.missing(
+                b.members,
+                self.state,
+                b.rule,
+                state.dtype_of(b.params[0], self.state_dtype),
+                [kind.blocks for kind in b.kinds],
+            )
+            for b in buckets
         ]
         for bucket, entries in zip(buckets, missing, strict=True):
-            bucket.give_state(state.adopt(bucket.members, self.state, entries))
+            bucket.give_state(state.adopt(bucket.members, self.state, entries, [kind.blocks for kind in bucket.kinds]))
+            if rounds_stochastically(groups[bucket.members[0].group]):
+                bucket.round_stochastically()
         stateless = sorted(set(range(len(params))).difference(wanted))
         layers = Layers.of(groups)
         numbers = HostNumbers(groups, layers)

@@ -134,6 +134,11 @@ class DeviceNumbers:
         self.decide = tensor(frozen, torch.bool) if any(frozen) else None
         self.layer_ids = tensor([layers.stream_ids[layer] for layer in layers.of_group])
         reach = [_reach(p, rows[f : f + i.length]) for p, f, (i, _) in zip(policies, first, moves, strict=True)]
+        # where blocks have counts of their own, "kept" is a block mask too
+        reach = [
+            masks | {Mask.BLOCK} if policy is not None and policy.block != 1 and effect == Effect.FREEZE else masks
+            for masks, policy, effect in zip(reach, policies, effects, strict=True)
+        ]
         reach = [{Mask.KEEP, Mask.DROP} if freezes else masks for masks, freezes in zip(reach, frozen, strict=True)]
         self.pairs = [{(mask, effect) for mask in masks} for masks, effect in zip(reach, effects, strict=True)]
 

@@ -5,12 +5,14 @@ rules.py. Runs on any device, for any dense tensor.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import mask_stream
-from .contract import Batch, Effect, Integer, Mask, Real
+from .contract import Batch, Effect, Integer, Mask, Real, Rounding
+from .mask_stream import Purpose
 from .rules import Rule
 
 _CHUNK = 1 << 22  # elements whose random numbers are held at once
@@ -51,9 +53,9 @@ def prepare(
 def _update(batch: Batch, rule: Rule, i: int, seed: int, inv_grad_scale: float) -> None:
     effect = Effect(int(batch.integers[i, Integer.EFFECT]))
     row = batch.reals[i].tolist()
-    factors = row[Real.FACTOR : Real.FACTOR + len(rule.factor_names)]
     param, grad, states = batch.params[i], batch.grads[i], [state[i] for state in batch.states]
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    factors = _factors(batch, rule, i, dtype)
 
     kept = keep(batch, i, seed)  # bool tensor, or one bool for all elements
     p = param.to(dtype)
@@ -63,8 +65,10 @@ def _update(batch: Batch, rule: Rule, i: int, seed: int, inv_grad_scale: float) 
 
     new_p, new_states = rule.update(p, g, [state.to(dtype) for state in states], factors)
 
+    new_p = _rounded(batch, i, seed, new_p, param.dtype, Purpose.ROUND_PARAM)
     writes = [(param, _selected(new_p, True if effect == Effect.GRADIENT else kept, param))]
-    for state, new_state in zip(states, new_states, strict=True):
+    for k, (state, new_state) in enumerate(zip(states, new_states, strict=True)):
+        new_state = _rounded(batch, i, seed, new_state, state.dtype, Purpose(Purpose.ROUND_STATE_0 + k))
         writes.append((state, _selected(new_state, kept if effect == Effect.FREEZE else True, state)))
     for tensor, value in writes:  # only now, since memory may run out before
         if value is not None:
@@ -104,6 +108,21 @@ def keep(batch: Batch, i: int, seed: int) -> Tensor | bool:
     return _by_chunks(batch, i, torch.bool, decide)
 
 
+def _factors(batch: Batch, rule: Rule, i: int, dtype: torch.dtype) -> list:
+    """The rule's factors: numbers, or tensors of the local shape where blocks have their own."""
+    mask, effect, block = batch.integers[i, [Integer.MASK, Integer.EFFECT, Integer.BLOCK]].tolist()
+    table = batch.block_factors[i] if batch.block_factors else None
+    count = len(rule.factor_names)
+    if table is None or mask != Mask.BLOCK or effect != Effect.FREEZE:
+        return batch.reals[i, Real.FACTOR : Real.FACTOR + count].tolist()
+    first = batch.shards[i].offset // block
+
+    def of(k: int) -> Callable[[Tensor], Tensor]:
+        return lambda elements: table[elements // block - first, k]
+
+    return [_by_chunks(batch, i, dtype, of(k)) for k in range(count)]
+
+
 def _noise(batch: Batch, i: int, seed: int, dtype: torch.dtype) -> Tensor | float:
     if batch.integers[i, Integer.MASK] != Mask.GAUSSIAN:
         return 1.0
@@ -112,6 +131,16 @@ def _noise(batch: Batch, i: int, seed: int, dtype: torch.dtype) -> Tensor | floa
     return _by_chunks(
         batch, i, dtype, lambda e: 1.0 + std * mask_stream.gaussian(e, seed=seed, draw=draw, stream_id=stream_id)
     )
+
+
+def _rounded(batch: Batch, i: int, seed: int, value: Tensor, dtype: torch.dtype, purpose: Purpose) -> Tensor:
+    """``value`` in ``dtype``: to nearest, or bfloat16 by the mask stream's own numbers."""
+    if batch.rounding is None or dtype != torch.bfloat16:
+        return value.to(dtype)
+    draw, stream_id = (int(batch.rounding[i, column]) for column in Rounding)
+    at: dict[str, Any] = {"seed": seed, "draw": draw, "stream_id": stream_id, "purpose": purpose}
+    random = _by_chunks(batch, i, torch.int32, lambda e: mask_stream.element_random(e, **at))
+    return mask_stream.round_stochastically(value, random)
 
 
 def _by_chunks(batch: Batch, i: int, dtype: torch.dtype, values: Callable[[Tensor], Tensor]) -> Tensor:

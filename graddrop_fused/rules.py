@@ -9,7 +9,7 @@ gradient itself, and its step is not written); an element that is frozen it is n
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +31,11 @@ class Rule:
     def states(self) -> tuple[str, ...]:
         """Names of its state in optimizer.state, in the kernels' order."""
         return ()
+
+    @property
+    def counts(self) -> bool:
+        """Do the factors depend on the count of steps?"""
+        return False
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "Rule":
@@ -77,6 +82,10 @@ class AdamW(Rule):
     def states(self) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if self.amsgrad else 2]
 
+    @property
+    def counts(self) -> bool:
+        return True
+
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "Rule":
         return cls(amsgrad=group["amsgrad"])
@@ -116,6 +125,7 @@ class SGD(Rule):
     """torch.optim.SGD. Without momentum, dampening and decay it is equation 2 of the paper itself."""
 
     momentum: bool = False
+    damped: bool = field(default=False, repr=False)  # the buffer's first gradient is taken otherwise than the rest
     name: ClassVar[str] = "sgd"
     steps_may_be_unknown: ClassVar[bool] = True
     factor_names: ClassVar[tuple[str, ...]] = ("weight_decay", "momentum", "taken", "grad_step", "buffer_step")
@@ -124,9 +134,14 @@ class SGD(Rule):
     def states(self) -> tuple[str, ...]:
         return ("momentum_buffer",) if self.momentum else ()
 
+    @property
+    def counts(self) -> bool:
+        return self.damped
+
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "Rule":
-        return cls(momentum=group["momentum"] != 0)
+        momentum = group["momentum"] != 0
+        return cls(momentum, damped=momentum and group["dampening"] != 0)
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ class GradDropSGD(MaskedOptimizer):
 
     Args:
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
-        capturable, drop, seed, steps_per_epoch, effect, state_dtype, backend: as in GradDropAdamW.
+        capturable, drop, seed, steps_per_epoch, effect, state_dtype, rounding, backend: as in GradDropAdamW.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -47,6 +47,7 @@ class GradDropSGD(MaskedOptimizer):
         steps_per_epoch: int | None = None,
         effect: str | None = None,
         state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
         backend: str = "auto",
     ):
         super().__init__(
@@ -68,5 +69,6 @@ class GradDropSGD(MaskedOptimizer):
             steps_per_epoch=steps_per_epoch,
             effect=effect,
             state_dtype=state_dtype,
+            rounding=rounding,
             backend=backend,
         )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import block_steps
 from .checks import shown
 from .groups import Member
 from .rules import Rule
@@ -26,6 +27,8 @@ def check(called: str, entry: Mapping[str, Any], param: Tensor, rule: Rule) -> N
     """Raises TypeError or ValueError, naming the tensor, on state that cannot be ``param``'s. Missing is all right."""
     if "step" in entry:
         check_step(f"state 'step' of parameter {called}", entry["step"])
+    if block_steps.NAME in entry:
+        check_block_steps(f"state {block_steps.NAME!r} of parameter {called}", entry[block_steps.NAME], param)
     for name in rule.states:
         if name in entry:
             check_tensor(f"state {name!r} of parameter {called}", entry[name], param)
@@ -63,9 +66,29 @@ def check_step(what: str, step: Any) -> None:
         raise ValueError(f"{what} must be a whole number of at least 0, got {shown(step)}")
 
 
-def complete(entry: Mapping[str, Any], param: Tensor, rule: Rule, dtype: torch.dtype) -> Entry:
-    """What ``entry`` lacks to be the state of ``param``, and what of it must be cast or laid out anew."""
+def check_block_steps(what: str, counts: Any, param: Tensor) -> None:
+    """Counts of steps in one dimension, on any device. How many there must be depends on the policy."""
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"{what} must be a tensor, got {type(counts)}")
+    if counts.dtype not in (torch.int32, torch.int64) or counts.layout is not torch.strided or counts.dim() != 1:
+        raise ValueError(f"{what} must be integers in one dimension, got {counts.dtype} of shape {tuple(counts.shape)}")
+    if is_dtensor(counts) or (counts.is_meta and not param.is_meta):
+        raise ValueError(f"{what} must be a plain tensor with elements, got {type(counts).__name__} on {counts.device}")
+    if counts.numel() and not counts.is_meta and not 0 <= int(counts.min()) <= int(counts.max()) < 2**31:
+        raise ValueError(
+            f"{what} must be of at least 0 and below 2**31, got {int(counts.min())} to {int(counts.max())}"
+        )
+
+
+def complete(entry: Mapping[str, Any], param: Tensor, rule: Rule, dtype: torch.dtype, blocks: int = 0) -> Entry:
+    """What ``entry`` lacks to be the state of ``param``, and what of it must be cast or laid out anew.
+
+    ``blocks``: how many have a count of their own. Where the entry has another number of counts, all begin at its step.
+    """
     found: Entry = {} if "step" in entry else {"step": torch.tensor(0.0, device="cpu")}
+    counts = entry.get(block_steps.NAME)
+    if blocks and (counts is None or len(counts) != blocks):
+        found[block_steps.NAME] = block_steps.initial(entry.get("step", 0), blocks, local(param).device)
     for name in rule.states:
         old = entry.get(name)
         if old is None:
@@ -80,16 +103,27 @@ def _unusual(state: Tensor, param: Tensor) -> bool:
     return is_dtensor(param) and not (is_dtensor(state) and state.placements == param.placements)
 
 
-def missing(members: Sequence[Member], state: Mapping[Tensor, Entry], rule: Rule, dtype: torch.dtype) -> list[Entry]:
-    """What each member's entry of ``state`` lacks, made before anything changes, since memory may run out."""
-    return [complete(state.get(m.param, {}), m.param, rule, dtype) for m in members]
+def missing(
+    members: Sequence[Member], state: Mapping[Tensor, Entry], rule: Rule, dtype: torch.dtype, blocks: Sequence[int]
+) -> list[Entry]:
+    """What each member's entry of ``state`` lacks, made before anything changes, since memory may run out.
+
+    ``blocks``: how many of each member have a count of their own.
+    """
+    return [
+        complete(state.get(m.param, {}), m.param, rule, dtype, count) for m, count in zip(members, blocks, strict=True)
+    ]
 
 
-def adopt(members: Sequence[Member], state: dict[Tensor, Entry], missing: Sequence[Entry]) -> list[Entry]:
-    """Each member's entry of ``state``, completed."""
+def adopt(
+    members: Sequence[Member], state: dict[Tensor, Entry], missing: Sequence[Entry], blocks: Sequence[int]
+) -> list[Entry]:
+    """Each member's entry of ``state``, completed. ``missing``, ``blocks``: as of :func:`missing`."""
     entries = [state[m.param] for m in members]
-    for entry, lacked in zip(entries, missing, strict=True):
+    for entry, lacked, count in zip(entries, missing, blocks, strict=True):
         entry.update(lacked)
+        if not count:  # counts that stood still meanwhile would be wrong later
+            entry.pop(block_steps.NAME, None)
     return entries
 
 
@@ -103,4 +137,7 @@ def restored(param: Tensor, saved: Mapping[str, Any], rule: Rule, dtype: torch.d
     for name in rule.states:
         if name in saved:
             entry[name] = like(param, dtype).copy_(saved[name])
+    if block_steps.NAME in saved:
+        counts = saved[block_steps.NAME]
+        entry[block_steps.NAME] = counts.to(local(param).device, block_steps.DTYPE, copy=True)
     return entry

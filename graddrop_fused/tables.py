@@ -20,6 +20,7 @@ from .rules import Rule
 
 HOST = torch.device("cpu")
 _LEFT_ALONE = Row(Mask.DROP), Effect.FREEZE
+_EVERY_BLOCK = Row(Mask.BLOCK)
 
 
 DeviceColumns = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # of DeviceNumbers.advance
@@ -31,6 +32,7 @@ class Kind(NamedTuple):
     group: int
     block: int = 1
     own_rescale: float = 1.0  # a StaticMask's
+    blocks: int = 0  # of the whole parameter, where each counts its own steps
 
 
 class GroupStep(NamedTuple):
@@ -109,6 +111,8 @@ def _integers(kind: Kind, step: GroupStep, left_alone: bool) -> list[int]:
     row, effect = _LEFT_ALONE if left_alone else (step.row, step.effect)
     # with block="row" a vector's elements decide each for itself
     mask = Mask.ELEMENT if row.mask == Mask.BLOCK and kind.block == 1 else row.mask
+    if kind.blocks and mask == Mask.KEEP:  # the blocks have different counts all the same
+        mask, row = Mask.BLOCK, _EVERY_BLOCK
     return [mask, effect, step.word, 0, row.lo, row.span, kind.block]
 
 
@@ -130,6 +134,7 @@ class DeviceTables:
     blocks: Tensor  # likewise
     own_rescale: Tensor  # (tensors,), float64
     by_rows: bool  # some block masks decide single elements
+    counting: Tensor | None  # (tensors,), bool: those whose blocks have counts of their own; None: there are none
     _static: list | None = None  # the host's hyperparameters that `_table` was made from
 
     @classmethod
@@ -145,6 +150,7 @@ class DeviceTables:
             blocks=tensor(kind.block for kind in kinds),
             own_rescale=tensor((kind.own_rescale for kind in kinds), torch.float64),
             by_rows=any(kind.block == 1 for kind in kinds),
+            counting=tensor((kind.blocks > 0 for kind in kinds), torch.bool) if any(k.blocks for k in kinds) else None,
         )
 
     def fill(
@@ -160,6 +166,10 @@ class DeviceTables:
         integers, reals = self.batch.integers, self.batch.reals
         if self.by_rows:
             mask = torch.where((mask == Mask.BLOCK) & (self.blocks == 1), int(Mask.ELEMENT), mask)
+        if self.counting is not None:
+            every = self.counting & (mask == Mask.KEEP)
+            mask, lo = torch.where(every, int(Mask.BLOCK), mask), torch.where(every, 0, lo)
+            span = torch.where(every, _EVERY_BLOCK.span, span)
         effect, sign, lr, *rest = self._hyperparameters(groups)[self.group_of].unbind(1)
         update = effect == Effect.UPDATE
         rescale = rescale * self.own_rescale
@@ -187,6 +197,10 @@ class DeviceTables:
         """(tensors,), bool: those that the step leaves alone as a whole, by their group's mask."""
         effect = self._hyperparameters(groups)[:, 0]
         return ((numbers[0][0] == Mask.DROP) & (effect == Effect.FREEZE))[self.group_of]
+
+    def rule_numbers(self, groups: Sequence[Mapping[str, Any]]) -> Tensor:
+        """(groups, columns), float64: lr and the rule's numbers."""
+        return self._hyperparameters(groups)[:, 2:]
 
     def _hyperparameters(self, groups: Sequence[Mapping[str, Any]]) -> Tensor:
         """(groups, columns), float64: effect, sign, lr and the rule's numbers."""

@@ -88,18 +88,20 @@ def prepare(
     dtypes = param, grad, batch.states[0][0].dtype if batch.states else param
     with _on(device):
         tables = _tables(batch, device, in_memory_order=True)
-        integers, reals = _numbers(batch, device)
+        integers, reals, rounding = _numbers(batch, device)
         arguments = {
             "chunks": tables.chunks,
             "layout": tables.layout_now(batch),
             "integers": integers,
             "reals": reals,
+            "rounding": rounding,
             "seed": seed,
             "grad_scale": grad_scale,
             "found_inf": found_inf,
             **rule_constants(rule),
             **dtype_constants(dtypes),
             **kinds_and_effects(batch),
+            "OWN": any(table is not None for table in batch.block_factors),
             **tables.indexing,
             **sizes(dtypes, _warp_size(device)),
             **OPTIONS,
@@ -214,14 +216,17 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
-def _numbers(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Batch.integers and Batch.reals on the device, from the host in one copy that nothing waits for."""
+def _numbers(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Batch's integers, reals and rounding on the device, from the host in one copy that nothing waits for."""
     if batch.integers.device == device:
-        return batch.integers, batch.reals
-    size = batch.reals.numel()
-    # the 64 bytes of a row of reals first: Triton compiles anew for a table that is not 16-byte aligned
-    both = to_device(torch.cat([batch.reals.reshape(-1).view(torch.int64), batch.integers.reshape(-1)]), device)
-    return both[size:], both[:size].view(torch.float64)
+        return batch.integers, batch.reals, batch.rounding
+    tables = [batch.reals.view(torch.int64), batch.integers]
+    if batch.rounding is not None:
+        tables.insert(1, batch.rounding)
+    # rows of 64 and of 16 bytes first: Triton compiles anew for a table that is not 16-byte aligned
+    copied = to_device(torch.cat([table.reshape(-1) for table in tables]), device)
+    reals, *rounding, integers = copied.split([table.numel() for table in tables])
+    return integers, reals.view(torch.float64), rounding[0] if rounding else None
 
 
 def _tables(batch: Batch, device: torch.device, in_memory_order: bool) -> "_Tables":

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .checks import check_bool, check_nonnegative, shown
+from .checks import check_bool, check_choice, check_nonnegative, shown
 from .fakes import is_fake
-from .groups import Layers, Member, effect_of, members, policy_of, static_mask
+from .groups import Layers, Member, effect_of, members, policy_of, rounds_stochastically, static_mask
 from .names import canonical_name
 from .policies import EFFECTS, Policy, StaticMask
 from .rules import Rule
 from .shards import gradient_problem, local
 
+ROUNDINGS = ("nearest", "stochastic")
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -35,6 +36,7 @@ def group_options(options: Mapping[str, Any], rule_class: type[Rule]) -> None:
     if options.get("foreach") is True and options.get("fused") is True:
         raise ValueError("foreach and fused must not both be True (the step is always fused), got True and True")
     policy(options["drop"], options["effect"])
+    check_choice("rounding", options.get("rounding", ROUNDINGS[0]), ROUNDINGS)
     layer = options.get("layer")
     if layer is not None and not isinstance(layer, str):
         raise TypeError(f"layer must be a layer's name (str) or None, got {shown(layer)}")
@@ -105,10 +107,17 @@ def _check_listed_once(named: Sequence[tuple[Any, Tensor]], others: Sequence[Map
 
 
 def groups(param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """What only groups show: colliding ids, shards of unknown place, masks of other shapes, mixed capturable."""
+    """What only groups show: colliding ids, shards of unknown place, masks of other shapes, mixed capturable, and
+    stochastic rounding of what is not bfloat16."""
     every = members(param_groups)
     Layers.of(param_groups)
     for member in every:
+        if rounds_stochastically(param_groups[member.group]) and member.param.dtype != torch.bfloat16:
+            raise ValueError(
+                f"rounding must be 'nearest' for parameter {member.called}, got 'stochastic': that rounds bfloat16 "
+                f"parameters and their bfloat16 state, and this one is {member.param.dtype}; give such parameters a "
+                "group with rounding='nearest'"
+            )
         if is_lazy(member.param):  # its first forward pass gives it a shape
             continue
         member.shard()

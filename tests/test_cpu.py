@@ -325,7 +325,7 @@ def test_broken(reload, tmp_path):
 def test_built_for_another_contract(reload):
     reload.setattr(cpu, "CONTRACT_VERSION", 999)
     reload.again()
-    assert_reference_serves("another version", "contract version 2, not 999")
+    assert_reference_serves("another version", "contract version 3, not 999")
 
 
 @needs_op

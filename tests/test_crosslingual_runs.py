@@ -581,6 +581,7 @@ def test_masks_shorten_what_steps_add_up_to(monkeypatch):
     header, *rows = step_lengths.cold_starts()
     moved = {row[0]: float(row[1]) for row in rows}
     assert moved["update"] == pytest.approx(1, abs=0.05) and moved["gradient"] > 2 and moved["freeze"] > 2
+    assert moved["freeze, block=128"] == pytest.approx(1, abs=0.2)
 
 
 # Figures

@@ -18,8 +18,8 @@ def check(names, effects, tell, backend="reference"):
         opt.step()
     for i, (name, p) in enumerate(zip(SHAPES, params, strict=True)):
         drawn = [masks[i](s, (s - 1) // PER_EPOCH, name, p.numel(), i) for s in range(1, STEPS + 1)]
-        as_a_whole = policies[i] is not None and policies[i].layerwise
-        truth = by_the_equations(start[i], drawn, effects[i], [g[i].flatten().tolist() for g in grads], as_a_whole)
+        in_parts = policies[i] is not None and (policies[i].layerwise or policies[i].block != 1)
+        truth = by_the_equations(start[i], drawn, effects[i], [g[i].flatten().tolist() for g in grads], in_parts)
         expected = torch.tensor(truth, dtype=torch.float64).reshape(p.shape)
         # 1/q is rounded to float32; gaussian noise agrees to 1e-5
         torch.testing.assert_close(p.detach(), expected, rtol=1e-4 if "gaussian" in names else 1e-6, atol=1e-6)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import interpreter
@@ -22,6 +23,7 @@ from graddrop_fused.device_rows import DeviceRow, device_rows, indexing
 from graddrop_fused.layout import LayoutTable
 from graddrop_fused.rules import Rule
 
+ROUNDING = str(Path(__file__).with_name("test_rounding.py"))  # has cases for every backend
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_under_the_interpreter starts")
 
@@ -34,7 +36,7 @@ def test_under_the_interpreter():
     if reason := interpreter.broken():
         pytest.skip(reason)
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, ROUNDING],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -17,6 +17,7 @@ from . import tables
 
 ELEMENTS, WARM, MEASURED = 100_000, 1_000, 50
 COLD = 50  # steps looked at after elements are switched on
+BLOCK = 128  # elements of a block, which counts its own steps under "freeze"
 PROBABILITIES = (0.1, 0.2, 0.5, 0.9)
 
 
@@ -51,10 +52,10 @@ def rows() -> tables.Rows:
 def cold_starts() -> tables.Rows:
     """How far elements move in the steps after they are switched on, as a multiple of those that were on before."""
     found = [["effect", f"root mean square of {COLD} steps' sum, new to old", "of the first step"]]
-    for effect in ("gradient", "update", "freeze"):
+    for effect, block in (("gradient", 1), ("update", 1), ("freeze", 1), ("freeze", BLOCK)):
         generator = torch.Generator().manual_seed(0)
         param = torch.nn.Parameter(torch.zeros(ELEMENTS))
-        drop = GradDropEpoch(0.5, rescale=False)  # half of the elements, then all
+        drop = GradDropEpoch(0.5, rescale=False, block=block)  # half of the elements, then all
         optimizer = GradDropAdamW(
             [param], lr=1.0, weight_decay=0.0, drop=drop, seed=0, effect=effect, steps_per_epoch=WARM
         )
@@ -68,7 +69,7 @@ def cold_starts() -> tables.Rows:
             if step in (WARM, WARM + COLD - 1):
                 moved.append(param.detach() - start)
         ratios = [(m[~old].square().mean() / m[old].square().mean()).sqrt().item() for m in reversed(moved)]
-        found.append([effect, *(f"{ratio:.1f}" for ratio in ratios)])
+        found.append([effect if block == 1 else f"{effect}, block={block}", *(f"{ratio:.1f}" for ratio in ratios)])
     return found
 
 

@@ -6,7 +6,7 @@
 
 namespace graddrop {
 
-constexpr int64_t CONTRACT_VERSION = 2;
+constexpr int64_t CONTRACT_VERSION = 4;
 constexpr int64_t MASK_STREAM_VERSION = 2;  // of docs/mask-stream.md: the bits that philox.h and draw.h give
 constexpr int MAX_DIMS = 6;
 constexpr int MAX_STATES = 3;
@@ -27,8 +27,12 @@ struct Reals {
   double grad_factor, noise_std, factor[MAX_FACTORS];
 };
 
+struct Rounding {
+  int64_t draw, stream_id;
+};
+
 struct Layout {
-  int64_t param, grad, state[MAX_STATES], packed;  // addresses; 0: absent
+  int64_t param, grad, state[MAX_STATES], packed, block_factors;  // addresses; 0: absent
   int64_t numel, offset, ndim;
   int64_t size[MAX_DIMS], param_stride[MAX_DIMS], grad_stride[MAX_DIMS], global_stride[MAX_DIMS];
 };
@@ -42,6 +46,7 @@ struct Call {
   const Layout* layout;
   const Integers* integers;
   const Reals* reals;
+  const Rounding* rounding;  // nullptr: to nearest
   int64_t tensors;
   int64_t rule;    // its place in rules.h's list
   int64_t states;  // that it keeps

@@ -33,23 +33,48 @@ struct WordDecisions {
   GRADDROP_INLINE void put(int j, int first, uint32_t bits) { word[j] = first == 0 ? bits : word[j] | bits << (2 * first); }
 };
 
+// What becomes of a group's words: even and odd counters from the tile's number `first` on, of word j.
+template <class Words>
+struct Decide {
+  using Result = typename Words::Decisions;
+  using W = typename Words::Vector;
+  GRADDROP_INLINE static void take(const MaskStream& s, int j, int first, W even, W odd, Result& result) {
+    result.put(j, first, Words::decide(Words::halves(even, odd), s.lo, s.span));
+  }
+};
+
+// The numbers themselves.
+struct RandomNumbersAt {
+  uint16_t* place;
+};
+template <class Words>
+struct Store {
+  using Result = RandomNumbersAt;
+  using W = typename Words::Vector;
+  GRADDROP_INLINE static void take(const MaskStream&, int j, int first, W even, W odd, Result& result) {
+    Words::store(result.place + 32 * j + 2 * first, Words::halves(even, odd));
+  }
+};
+
 // Draws a tile in groups of COUNTERS counters, and a group in PARTS, so that a caller can put other work between them:
 // a round waits for its multiplications, an update for its square root and division.
-template <class Words>
+template <class Words, template <class> class Sink = Decide>
 class TileDraw {
   using W = typename Words::Vector;
 
  public:
   using Decisions = typename Words::Decisions;
+  using Result = typename Sink<Words>::Result;
+  using Random = TileDraw<Words, Store>;  // the numbers in place of decisions
   static constexpr int COUNTERS = Words::COUNTERS;
   static constexpr int PARTS = ROUNDS - 1;  // rounds 0 to 2 in one, the others, the decision
 
   // Only counter word 0 differs between the lanes, so one of the two products is a scalar in rounds 0 and 1.
-  GRADDROP_INLINE TileDraw(const MaskStream& s, uint64_t tile, Decisions& decisions)
-      : s_(s), decisions_(decisions), index_(tile * COUNTERS_PER_TILE) {
+  GRADDROP_INLINE TileDraw(const MaskStream& s, uint64_t tile, Result& result, Purpose purpose = Purpose::ELEMENT)
+      : s_(s), result_(result), index_(tile * COUNTERS_PER_TILE) {
     const uint64_t product2 = uint64_t{MULTIPLIER1} * s.draw;
     // after round 0; word 1 is low(product2)
-    const uint32_t word0 = high(product2) ^ word1(s, index_, Purpose::ELEMENT) ^ s.key0[0][0];
+    const uint32_t word0 = high(product2) ^ word1(s, index_, purpose) ^ s.key0[0][0];
     const uint64_t product0 = uint64_t{MULTIPLIER0} * word0;  // round 1
     round0_word2_ = s.id_low ^ s.key1[0][0];
     round1_word0_ = low(product2) ^ s.key0[1][0];
@@ -66,7 +91,7 @@ class TileDraw {
     } else if constexpr (PART < PARTS - 1) {
       round(PART + 2);
     } else {
-      for (int j = 0; j < 4; ++j) decisions_.put(j, first, Words::decide(even_[j], odd_[j], s_.lo, s_.span));
+      for (int j = 0; j < 4; ++j) Sink<Words>::take(s_, j, first, even_[j], odd_[j], result_);
     }
   }
 
@@ -100,7 +125,7 @@ class TileDraw {
   }
 
   const MaskStream& s_;
-  Decisions& decisions_;
+  Result& result_;
   uint64_t index_;
   uint32_t round0_word2_, round1_word0_, round1_word2_, round2_word2_;
   W even_[4], odd_[4];  // counters first, first + 2, ... and first + 1, first + 3, ...
@@ -113,8 +138,9 @@ GRADDROP_INLINE void draw_parts(Draw& draw, int counter, std::integer_sequence<i
 }
 
 template <class Draw>
-GRADDROP_INLINE void draw_tile(const MaskStream& stream, uint64_t tile, typename Draw::Decisions& decisions) {
-  Draw draw(stream, tile, decisions);
+GRADDROP_INLINE void draw_tile(const MaskStream& stream, uint64_t tile, typename Draw::Result& result,
+                               Purpose purpose = Purpose::ELEMENT) {
+  Draw draw(stream, tile, result, purpose);
   for (int first = 0; first < COUNTERS_PER_TILE; first += Draw::COUNTERS) {
     draw_parts<0>(draw, first, std::make_integer_sequence<int, Draw::PARTS>{});
   }
@@ -125,6 +151,12 @@ void draw_words(const MaskStream& stream, uint64_t tile, uint32_t words[4]) {
   typename Draw::Decisions decisions;
   draw_tile<Draw>(stream, tile, decisions);
   decisions.write(words);
+}
+
+template <class Draw>
+void draw_random(const MaskStream& stream, uint64_t tile, Purpose purpose, uint16_t random[TILE]) {
+  RandomNumbersAt at = {random};
+  draw_tile<typename Draw::Random>(stream, tile, at, purpose);
 }
 
 }  // namespace

@@ -42,6 +42,12 @@ inline void from_float(float x, bfloat16* out) {  // to nearest, ties to even
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   out->bits = nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+// Up by as many units of float32's last place as `random` says; a NaN as to nearest.
+inline void round_stochastically(float x, uint16_t random, bfloat16* out) {
+  const uint32_t bits = bits_of(x);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  out->bits = nan ? 0x7fc0 : static_cast<uint16_t>((bits + random) >> 16);
+}
 inline void from_float(float x, float16* out) {  // to nearest, ties to even
   const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffffu;
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);

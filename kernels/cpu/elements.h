@@ -97,10 +97,14 @@ class Memory {
     return converted_.bytes;
   }
 
-  // Writes back what became of the tile that take() gave.
-  void put(const Level& level, const Elements& e, const int64_t* place) {
+  // Writes back what became of the tile that take() gave. `random`: what rounds bfloat16; nullptr: to nearest.
+  void put(const Level& level, const Elements& e, const int64_t* place, const uint16_t* random) {
     char* const tile = in_place(e) ? at(e.start) : copy_.bytes;
-    if (dtype_ != real_) level.narrow(real_, converted_.bytes, dtype_, tile);
+    if (random != nullptr && dtype_ == Dtype::BFLOAT16) {
+      level.round(reinterpret_cast<const float*>(converted_.bytes), random, tile);
+    } else if (dtype_ != real_) {
+      level.narrow(real_, converted_.bytes, dtype_, tile);
+    }
     if (in_place(e)) return;
     e.linear ? void(std::memcpy(at(e.start), tile, bytes(e))) : scatter(size_, tile, place, e.count, base_);
   }

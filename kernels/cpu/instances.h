@@ -142,6 +142,11 @@ void narrow(Dtype real, const void* from, Dtype dtype, void* to) {
 }
 
 template <class V>
+void round_tile(const float* from, const uint16_t* random, void* to) {
+  for (int i = 0; i < TILE; i += V::WIDTH) V::store(static_cast<bfloat16*>(to) + i, V::load(from + i), random + i);
+}
+
+template <class V>
 void floor_tile(float* p, const float* grad, float* m, float* v, float zero) {
   const auto factor = V::set(zero);
   for (int i = 0; i < TILE; i += V::WIDTH) {
@@ -154,8 +159,8 @@ void floor_tile(float* p, const float* grad, float* m, float* v, float zero) {
 
 template <class Draw, class V>
 constexpr Level make_level(const char* name) {
-  return {name,     rule_number<V>, rule_name<V>, kernels<Draw, V>, draw_words<Draw>, normals_of_tile,
-          widen<V>, narrow<V>,      floor_tile<V>};
+  return {name,     rule_number<V>, rule_name<V>,  kernels<Draw, V>, draw_words<Draw>, draw_random<Draw>, normals_of_tile,
+          widen<V>, narrow<V>,      round_tile<V>, floor_tile<V>};
 }
 
 }  // namespace

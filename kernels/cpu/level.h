@@ -63,10 +63,13 @@ struct Level {
   // For float32 and float64 there is always one with gradients and state of the same dtype.
   Kernels (*kernels)(int64_t rule, Dtypes);
   void (*draw)(const MaskStream&, uint64_t tile, uint32_t words[4]);
+  void (*random)(const MaskStream&, uint64_t tile, Purpose, uint16_t random[TILE]);
   void (*normals)(const MaskStream&, uint64_t tile, float normals[TILE]);
   // a tile to float32 or float64 (`real`), and back
   void (*widen)(Dtype dtype, const void* from, Dtype real, void* to);
   void (*narrow)(Dtype real, const void* from, Dtype dtype, void* to);
+  // a tile of float32 to bfloat16, by 128 random numbers
+  void (*round)(const float* from, const uint16_t* random, void* to);
   // float32: reads four arrays and writes three as an unmasked AdamW does, and hardly computes
   void (*floor)(float* p, const float* g, float* m, float* v, float zero);
 };

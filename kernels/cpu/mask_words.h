@@ -62,16 +62,20 @@ class MaskWords {
   }
 
   // How many of the next `tiles` tiles, from local element `start` of a linear tensor on, have one decision: `kept`.
-  // For every kind but ELEMENT and PACKED.
-  int64_t alike(int64_t start, int64_t tiles, bool& kept) {
+  // For every kind but ELEMENT and PACKED. `one_block`: of kept blocks, those of the first one.
+  int64_t alike(int64_t start, int64_t tiles, bool& kept, bool one_block) {
     kept = kind_ != Mask::DROP;
     if (kind_ != Mask::BLOCK) return tiles;
     const uint64_t first = global(start), last = first + static_cast<uint64_t>(tiles) * TILE;
     kept = block_of(first);
     uint64_t end = block_end(first);
-    while (end < last && block_of(end) == kept) end = block_end(end);
+    while (end < last && block_of(end) == kept && !(kept && one_block)) end = block_end(end);
     return static_cast<int64_t>((std::min(end, last) - first) / TILE);
   }
+
+  // The block of an element, and the first element behind it.
+  uint64_t block_number(uint64_t element) const { return element / block_; }
+  uint64_t block_end(uint64_t element) const { return (element / block_ + 1) * block_; }
 
   // The standard normal of one element; of neighbours after each other, a tile's at once.
   float normal(uint64_t element, bool neighbours) {
@@ -141,8 +145,6 @@ class MaskWords {
     }
     return block_kept(stream_, block, drawn_);
   }
-  // The first element behind its block.
-  uint64_t block_end(uint64_t element) const { return (element / block_ + 1) * block_; }
 
   static void trim(int count, uint32_t words[4]) {
     for (int j = 0; j < 4; ++j) {

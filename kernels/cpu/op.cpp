@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -109,9 +110,15 @@ Call call_of(const Tensor& layout, const Tensor& integers, const Tensor& reals) 
 }
 
 // rule: of rule(). dtypes: param + 4 * grad + 16 * state, each as Dtype.
-void update(Tensor layout, Tensor integers, Tensor reals, int64_t rule, int64_t dtypes, int64_t seed,
-            double inv_grad_scale, int64_t level) {
+void update(Tensor layout, Tensor integers, Tensor reals, std::optional<Tensor> rounding, int64_t rule, int64_t dtypes,
+            int64_t seed, double inv_grad_scale, int64_t level) {
   Call call = call_of(layout, integers, reals);
+  if (rounding.has_value()) {
+    STD_TORCH_CHECK(rounding->size(0) == call.tensors && rounding->size(1) * 8 == int64_t{sizeof(Rounding)} &&
+                        rounding->is_contiguous(),
+                    "rounding must be contiguous and have one row per tensor and the columns of contract.py");
+    call.rounding = static_cast<const Rounding*>(rounding->data_ptr());
+  }
   call.rule = rule;
   call.dtypes = {static_cast<Dtype>(dtypes % 4), static_cast<Dtype>(dtypes / 4 % 4),
                  static_cast<Dtype>(dtypes / 16 % 4)};
@@ -149,8 +156,8 @@ int64_t real_columns() { return sizeof(Reals) / 8; }
 
 STABLE_TORCH_LIBRARY(graddrop_fused_cpu, library) {
   library.def(
-      "update(Tensor layout, Tensor integers, Tensor reals, int rule, int dtypes, int seed, float inv_grad_scale,"
-      " int level) -> ()");
+      "update(Tensor layout, Tensor integers, Tensor reals, Tensor? rounding, int rule, int dtypes, int seed,"
+      " float inv_grad_scale, int level) -> ()");
   library.def("pack(Tensor layout, Tensor integers, Tensor reals, int seed, int level) -> ()");
   library.def("floor(Tensor layout, Tensor integers, Tensor reals, int level) -> ()");
   library.def("rule(str name, int states) -> int");

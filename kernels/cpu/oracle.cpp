@@ -68,6 +68,15 @@ double read(Dtype dtype, int64_t base, int64_t i) {
   }
 }
 
+// Where bfloat16 is rounded stochastically: of the parameter (0) and the states (1 and on).
+void write_rounded(const Call& call, int64_t tensor, int value, const Element& e, int64_t base, double x) {
+  const Rounding& row = call.rounding[tensor];
+  const auto purpose = static_cast<Purpose>(static_cast<int>(Purpose::ROUND_PARAM) + value);
+  const MaskStream stream = stream_of(call.seed, row.draw, row.stream_id);
+  const uint16_t random = element_random(stream, static_cast<uint64_t>(e.global), purpose);
+  round_stochastically(static_cast<float>(x), random, reinterpret_cast<bfloat16*>(base) + e.param);
+}
+
 void write(Dtype dtype, int64_t base, int64_t i, double x) {
   switch (dtype) {
     case Dtype::FLOAT32:
@@ -152,11 +161,24 @@ void update(const Call& call, Rule<Real> rule, int64_t tensor, const Element& e)
     s[k] = static_cast<Real>(read(call.dtypes.state, row.state[k], e.param));
   }
   for (int k = 0; k < MAX_FACTORS; ++k) factors[k] = static_cast<Real>(reals.factor[k]);
+  if (row.block_factors && integers.mask == Mask::BLOCK && integers.effect == Effect::FREEZE) {
+    const int64_t block = e.global / integers.block - row.offset / integers.block;
+    for (int k = 0; k < MAX_FACTORS; ++k) {
+      factors[k] = reinterpret_cast<const Real*>(row.block_factors)[block * MAX_FACTORS + k];
+    }
+  }
 
   rule(p, g, s, call.states, factors);
 
-  if (keep || integers.effect != Effect::UPDATE) write(call.dtypes.param, row.param, e.param, p);
-  for (int64_t k = 0; k < call.states; ++k) write(call.dtypes.state, row.state[k], e.param, s[k]);
+  const auto put = [&](Dtype dtype, int64_t base, int value, Real x) {
+    if (call.rounding != nullptr && dtype == Dtype::BFLOAT16) {
+      write_rounded(call, tensor, value, e, base, static_cast<double>(x));
+    } else {
+      write(dtype, base, e.param, static_cast<double>(x));
+    }
+  };
+  if (keep || integers.effect != Effect::UPDATE) put(call.dtypes.param, row.param, 0, p);
+  for (int k = 0; k < call.states; ++k) put(call.dtypes.state, row.state[k], 1 + k, s[k]);
 }
 
 template <class Function>

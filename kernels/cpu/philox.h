@@ -8,6 +8,11 @@
 
 namespace graddrop {
 
+// Bits 8 to 11 of counter word 1. From ROUND_STATE on: of the rule's first, second and third state.
+enum class Purpose : uint32_t { ELEMENT, LAYER, GAUSSIAN, BLOCK, ROUND_PARAM, ROUND_STATE };
+
+inline Purpose round_state(int k) { return static_cast<Purpose>(static_cast<int>(Purpose::ROUND_STATE) + k); }
+
 constexpr int ROUNDS = 10;
 constexpr int KEY_COPIES = 8;  // of every round key: AVX2 has no operands that broadcast from memory
 
@@ -23,8 +28,6 @@ namespace {  // every translation unit has its own copy: they are compiled for d
 constexpr uint32_t MULTIPLIER0 = 0xD2511F53, MULTIPLIER1 = 0xCD9E8D57;
 constexpr uint32_t WEYL0 = 0x9E3779B9, WEYL1 = 0xBB67AE85;
 
-// Bits 8 to 11 of counter word 1. 4 to 6 are reserved for stochastic rounding.
-enum class Purpose : uint32_t { ELEMENT, LAYER, GAUSSIAN, BLOCK };
 
 struct Words {
   uint32_t word[4];
@@ -33,7 +36,8 @@ struct Words {
 inline uint32_t high(uint64_t product) { return static_cast<uint32_t>(product >> 32); }
 inline uint32_t low(uint64_t product) { return static_cast<uint32_t>(product); }
 
-inline MaskStream stream_of(uint64_t seed, const Integers& row) {
+// Without a window.
+inline MaskStream stream_of(uint64_t seed, int64_t draw, int64_t stream_id) {
   MaskStream s;
   for (uint32_t r = 0; r < ROUNDS; ++r) {
     for (int copy = 0; copy < KEY_COPIES; ++copy) {
@@ -41,10 +45,16 @@ inline MaskStream stream_of(uint64_t seed, const Integers& row) {
       s.key1[r][copy] = high(seed) + r * WEYL1;
     }
   }
-  const auto id = static_cast<uint64_t>(row.stream_id);
-  s.draw = static_cast<uint32_t>(row.draw);
+  const auto id = static_cast<uint64_t>(stream_id);
+  s.draw = static_cast<uint32_t>(draw);
   s.id_low = low(id);
   s.id_high = high(id);
+  s.lo = s.span = 0;
+  return s;
+}
+
+inline MaskStream stream_of(uint64_t seed, const Integers& row) {
+  MaskStream s = stream_of(seed, row.draw, row.stream_id);
   s.lo = static_cast<uint16_t>(row.lo);
   s.span = static_cast<uint16_t>(row.span);
   return s;
@@ -91,10 +101,10 @@ inline uint16_t half(uint32_t word, uint64_t place) { return static_cast<uint16_
 
 inline bool decide(const MaskStream& s, uint16_t random) { return static_cast<uint16_t>(random - s.lo) <= s.span; }
 
-inline bool element_kept(const MaskStream& s, uint64_t e) {
-  const Words drawn = outputs(s, e / TILE * 16 + e % 32 / 2, Purpose::ELEMENT);
-  return decide(s, half(drawn.word[e / 32 % 4], e));
+inline uint16_t element_random(const MaskStream& s, uint64_t e, Purpose purpose) {
+  return half(outputs(s, e / TILE * 16 + e % 32 / 2, purpose).word[e / 32 % 4], e);
 }
+inline bool element_kept(const MaskStream& s, uint64_t e) { return decide(s, element_random(s, e, Purpose::ELEMENT)); }
 
 constexpr uint64_t BLOCKS_PER_COUNTER = 8;
 

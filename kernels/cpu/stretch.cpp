@@ -4,6 +4,7 @@
 
 #include "elements.h"
 #include "mask_words.h"
+#include "rounding.h"
 
 namespace graddrop {
 namespace {
@@ -28,6 +29,7 @@ class Update {
         row_(call.layout[tensor]),
         effect_(call.integers[tensor].effect),
         words_(level, call, tensor),
+        random_(level, call, tensor),
         drops_all_(words_.kind() == Mask::DROP),
         reads_grad_(row_.grad != 0 && !(drops_all_ && effect_ == Effect::GRADIENT)),
         noisy_(words_.kind() == Mask::GAUSSIAN && effect_ != Effect::UPDATE && reads_grad_),
@@ -35,7 +37,9 @@ class Update {
         real_(arithmetic(call.dtypes.param)),
         states_(static_cast<int>(call.states)),
         factors_(factors_of(call.reals[tensor], reads_grad_ ? call.inv_grad_scale : 0.0)),
-        in_place_(level.kernels(call.rule, call.dtypes)),
+        block_table_(words_.kind() == Mask::BLOCK && effect_ == Effect::FREEZE ? row_.block_factors : 0),
+        block_factors_(factors_),
+        in_place_(random_.any() ? Kernels{} : level.kernels(call.rule, call.dtypes)),
         on_copies_(level.kernels(call.rule, {real_, real_, real_})) {
     param_.set(row_.param, call.dtypes.param, real_);
     grad_.set(row_.grad, call.dtypes.grad, real_);
@@ -70,7 +74,7 @@ class Update {
       some.first_tile = words_.global(begin) / TILE;
     } else if (words_.kind() == Mask::PACKED) {
       some.words = reinterpret_cast<const uint32_t*>(row_.packed) + begin / 32;
-    } else if (const int64_t alike = words_.alike(begin, tiles, kept); alike > 0) {
+    } else if (const int64_t alike = words_.alike(begin, tiles, kept, block_table_ != 0); alike > 0) {
       tiles = alike;
       if (kept) {
         select = Select::NOWHERE;
@@ -84,7 +88,14 @@ class Update {
       some.words = bits_;
     }
     some.count = tiles;
-    if (some.words != NO_WORDS || effect_ != Effect::FREEZE) in_place_[select](some, factors_);
+    if (some.words == NO_WORDS && effect_ == Effect::FREEZE) return begin + tiles * TILE;
+    if (block_table_ == 0) {
+      in_place_[select](some, factors_);
+    } else if (select == Select::NOWHERE) {
+      in_place_[select](some, factors_at(words_.block_number(words_.global(begin))));
+    } else {
+      by_blocks(in_place_[select], some);
+    }
     return begin + tiles * TILE;
   }
 
@@ -122,9 +133,43 @@ class Update {
     tile.grad = reads_grad_ ? gradient(e) : ZEROS;
     tile.param = param_.take(level_, e, e.param);
     for (int k = 0; k < states_; ++k) tile.state[k] = state_[k].take(level_, e, e.param);
-    on_copies_[select_of(effect_)](tile, factors_);
-    param_.put(level_, e, e.param);
-    for (int k = 0; k < states_; ++k) state_[k].put(level_, e, e.param);
+    if (block_table_ == 0) {
+      on_copies_[select_of(effect_)](tile, factors_);
+    } else {
+      by_blocks(on_copies_[select_of(effect_)], tile);
+    }
+    param_.put(level_, e, e.param, random_.of(e, Purpose::ROUND_PARAM));
+    for (int k = 0; k < states_; ++k) state_[k].put(level_, e, e.param, random_.of(e, round_state(k)));
+  }
+
+  // A tile, elements_, that kept blocks of different step counts may share: an update for each of them.
+  void by_blocks(UpdateTiles update, Tiles& tile) {
+    const Elements& e = elements_;
+    const auto global = [&](int i) {
+      return e.linear ? words_.global(e.start) + static_cast<uint64_t>(i) : e.global[i];
+    };
+    uint32_t bits[4];
+    tile.words = bits;
+    for (int begin = 0, end; begin < e.count; begin = end) {
+      const uint64_t first = global(begin), behind = words_.block_end(first);
+      std::memset(bits, 0, sizeof bits);
+      for (end = begin; end < e.count && first <= global(end) && global(end) < behind; ++end) {
+        set_bit(bits, end, bits_[end / 32] >> (end % 32) & 1u);
+      }
+      if ((bits[0] | bits[1] | bits[2] | bits[3]) != 0) update(tile, factors_at(words_.block_number(first)));
+    }
+  }
+
+  const Factors& factors_at(uint64_t block) {
+    const int64_t row = static_cast<int64_t>(block - words_.block_number(words_.global(0))) * MAX_FACTORS;
+    for (int k = 0; k < MAX_FACTORS; ++k) {
+      if (real_ == Dtype::FLOAT64) {
+        block_factors_.f64[1 + k] = reinterpret_cast<const double*>(block_table_)[row + k];
+      } else {
+        block_factors_.f32[1 + k] = reinterpret_cast<const float*>(block_table_)[row + k];
+      }
+    }
+    return block_factors_;
   }
 
   const char* gradient(const Elements& e) {
@@ -154,11 +199,14 @@ class Update {
   const Layout& row_;
   const Effect effect_;
   MaskWords words_;
+  RandomNumbers random_;
   const bool drops_all_, reads_grad_, noisy_;
   const double noise_std_;
   const Dtype real_;
   const int states_;
   const Factors factors_;
+  const int64_t block_table_;  // address of the factors that blocks have of their own; 0: they have none
+  Factors block_factors_;      // of the block at hand
   const Kernels in_place_, on_copies_;  // in_place_ may be empty
   Memory param_, grad_, state_[MAX_STATES];
   Buffer noisy_grad_;

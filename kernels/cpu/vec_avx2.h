@@ -49,10 +49,18 @@ struct Floats8 {
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
+    store_upper_halves(x, _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan));
+  }
+  static void store(bfloat16* x, Floats a, const uint16_t* random) {
+    const __m256i more = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(random)));
+    const __m256i rounded = _mm256_add_epi32(_mm256_castps_si256(a), more);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    store_upper_halves(x, _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan));
+  }
+  static void store_upper_halves(bfloat16* x, __m256i a) {
     const __m256i upper = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1,  //
                                            2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(rounded, upper), 0x08);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(a, upper), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_castsi256_si128(packed));
   }
   static void store(float16* x, Floats a) {
@@ -75,9 +83,11 @@ struct Philox8 {
   static Vector high_half(Vector product) { return _mm256_srli_epi64(product, 32); }
   static Vector exclusive_or(Vector a, Vector b) { return _mm256_xor_si256(a, b); }
   static Vector exclusive_or(Vector a, Vector b, Vector c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
+  // Consecutive counters' words, that is their halves.
+  static Vector halves(Vector even, Vector odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa); }
+  static void store(uint16_t* x, Vector halves) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), halves); }
   // Bits 2 l and 2 l + 1: whether the low and the high half of counter l's word lie in the window.
-  static uint32_t decide(Vector even, Vector odd, uint16_t lo, uint16_t span) {
-    const __m256i halves = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  static uint32_t decide(Vector halves, uint16_t lo, uint16_t span) {
     // saturated differences, since AVX2 compares signed numbers only
     const __m256i beyond = _mm256_subs_epu16(_mm256_sub_epi16(halves, _mm256_set1_epi16(static_cast<int16_t>(lo))),
                                              _mm256_set1_epi16(static_cast<int16_t>(span)));

@@ -59,9 +59,13 @@ struct Philox16 {
   static Vector high_half(Vector product) { return _mm512_srli_epi64(product, 32); }
   static Vector exclusive_or(Vector a, Vector b) { return _mm512_xor_si512(a, b); }
   static Vector exclusive_or(Vector a, Vector b, Vector c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+  // Consecutive counters' words, that is their halves.
+  static Vector halves(Vector even, Vector odd) {
+    return _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  }
+  static void store(uint16_t* x, Vector halves) { _mm512_storeu_si512(x, halves); }
   // Bits 2 l and 2 l + 1: whether the low and the high half of counter l's word lie in the window.
-  static uint32_t decide(Vector even, Vector odd, uint16_t lo, uint16_t span) {
-    const __m512i halves = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  static uint32_t decide(Vector halves, uint16_t lo, uint16_t span) {
     const __m512i moved = _mm512_sub_epi16(halves, _mm512_set1_epi16(static_cast<int16_t>(lo)));
     return _mm512_cmple_epu16_mask(moved, _mm512_set1_epi16(static_cast<int16_t>(span)));
   }

@@ -76,6 +76,7 @@ struct Float1 {
   static void store(T* x, float a) {
     from_float(a, x);
   }
+  static void store(bfloat16* x, float a, const uint16_t* random) { round_stochastically(a, *random, x); }
 };
 
 #ifdef __SSE2__
@@ -94,10 +95,13 @@ struct Philox4 {
   static Vector high_half(Vector product) { return _mm_srli_epi64(product, 32); }
   static Vector exclusive_or(Vector a, Vector b) { return _mm_xor_si128(a, b); }
   static Vector exclusive_or(Vector a, Vector b, Vector c) { return _mm_xor_si128(a, _mm_xor_si128(b, c)); }
+  // Consecutive counters' words, that is their halves.
+  static Vector halves(Vector even, Vector odd) {
+    return _mm_or_si128(_mm_and_si128(even, _mm_set1_epi64x(0xffffffff)), _mm_slli_epi64(odd, 32));
+  }
+  static void store(uint16_t* x, Vector halves) { _mm_storeu_si128(reinterpret_cast<__m128i*>(x), halves); }
   // All ones where a half lies in the window, two halves for each counter.
-  static Vector decide(Vector even, Vector odd, uint16_t lo, uint16_t span) {
-    const Vector low_halves = _mm_and_si128(even, _mm_set1_epi64x(0xffffffff));
-    const Vector halves = _mm_or_si128(low_halves, _mm_slli_epi64(odd, 32));
+  static Vector decide(Vector halves, uint16_t lo, uint16_t span) {
     const Vector moved = _mm_sub_epi16(halves, _mm_set1_epi16(static_cast<int16_t>(lo)));
     return _mm_cmpeq_epi16(_mm_subs_epu16(moved, _mm_set1_epi16(static_cast<int16_t>(span))), _mm_setzero_si128());
   }
@@ -110,10 +114,12 @@ using PortableDraw = TileDraw<Philox4>;
 class PortableDraw {
  public:
   using Decisions = LaneDecisions;
+  using Result = Decisions;
   static constexpr int COUNTERS = COUNTERS_PER_TILE;
   static constexpr int PARTS = 1;
 
-  PortableDraw(const MaskStream& s, uint64_t tile, Decisions& decisions) : s_(s), tile_(tile), decisions_(decisions) {}
+  PortableDraw(const MaskStream& s, uint64_t tile, Decisions& decisions, Purpose = Purpose::ELEMENT)
+      : s_(s), tile_(tile), decisions_(decisions) {}
 
   template <int PART>
   void part(int) {
@@ -131,6 +137,13 @@ class PortableDraw {
   uint64_t tile_;
   Decisions& decisions_;
 };
+
+template <>
+inline void draw_random<PortableDraw>(const MaskStream& s, uint64_t tile, Purpose purpose, uint16_t random[TILE]) {
+  uint32_t x[4][COUNTERS_PER_TILE];
+  consecutive_outputs<COUNTERS_PER_TILE>(s, tile * COUNTERS_PER_TILE, purpose, x);
+  for (int k = 0; k < TILE; ++k) random[k] = half(x[k / 32][k % 32 / 2], static_cast<uint64_t>(k));
+}
 
 #endif
 

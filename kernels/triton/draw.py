@@ -114,11 +114,17 @@ def block_origin(first, block):
 
 
 @triton.jit
-def block_at(offset, origin, window, key):
-    """Decisions of the blocks at ``offset`` (int32, up to a chunk's) from that of ``origin``."""
-    number, to_next, size = origin
+def blocks_on(offset, origin):
+    """How many blocks those at ``offset`` (int32, up to a chunk's) are behind that of ``origin``."""
+    _, to_next, size = origin
     beyond = offset - to_next
-    return block_kept(number + tl.where(beyond < 0, 0, 1 + beyond.to(tl.uint32) // size), window, key)
+    return tl.where(beyond < 0, 0, 1 + beyond.to(tl.uint32) // size)
+
+
+@triton.jit
+def block_at(offset, origin, window, key):
+    """Decisions of the blocks at ``offset``."""
+    return block_kept(origin[0] + blocks_on(offset, origin), window, key)
 
 
 # Wide

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .draw import (
     block_origin,
+    blocks_on,
     kept_at,
     mask_numbers,
     narrow_kept,
@@ -27,9 +28,20 @@ from .draw import (
 from .effects import takes_grad, writes_param, writes_state
 from .gaussian import narrow_noise, strided_noise, wide_noise
 from .memory import aligned, chunk_at, dimensions, is_linear, load_tiles, locate, pointer, store_tiles
+from .rounding import (
+    narrow_random,
+    narrow_words,
+    rounded_values,
+    rounding_key,
+    stored,
+    strided_random,
+    wide_random,
+    wide_words,
+)
 from .tables import (
     BLOCK,
     BLOCK_BIT,
+    BLOCK_FACTORS,
     BLOCK_SIZE,
     DROP,
     EFFECT,
@@ -41,11 +53,13 @@ from .tables import (
     GRAD_FACTOR,
     INTEGERS,
     MASK_KIND,
+    MAX_FACTORS,
     NOISE_STD,
     OFFSET,
     PACKED_WORDS,
     PARAM,
     REALS,
+    ROUNDINGS,
     STATE,
     TILE,
     UPDATE,
@@ -55,9 +69,10 @@ from .tables import (
 @triton.jit(do_not_specialize=["seed"])
 def update_kernel(
     chunks,  # (programs, 2), int64: tensor, first element
-    layout,  # (tensors, 45), int64: device_rows.DeviceRow
+    layout,  # (tensors, 46), int64: device_rows.DeviceRow
     integers,  # (tensors, 7), int64: contract.Integer
     reals,  # (tensors, 8), float64: contract.Real
+    rounding,  # (tensors, 2), int64: contract.Rounding, or None to round to nearest
     seed: tl.uint64,
     grad_scale,  # one float, or None without AMP
     found_inf,  # one float, or None without AMP
@@ -69,6 +84,7 @@ def update_kernel(
     STATE_DTYPE: tl.constexpr,
     KINDS: tl.constexpr,  # bit k: Mask k may occur; this and the next but for tensors that are left alone
     EFFECTS: tl.constexpr,  # bit k: Effect k may occur
+    OWN: tl.constexpr,  # blocks may have factors of their own
     DIMS: tl.constexpr,  # most dimensions of a tensor that is not linear; 0: all are
     WIDE: tl.constexpr,  # such a tensor reaches beyond 32 bits
     TILES: tl.constexpr,  # of a wide pass
@@ -83,6 +99,8 @@ def update_kernel(
     tensor, row, start, stop = chunk_at(chunks, layout, CHUNK)
     integers += tensor * INTEGERS
     reals += tensor * REALS
+    if rounding is not None:
+        rounding += tensor * ROUNDINGS
     seed = seed.to(tl.uint64)
     kind, effect = tl.load(integers + MASK_KIND), tl.load(integers + EFFECT)
     if (kind == DROP) & (effect == FREEZE):
@@ -95,8 +113,8 @@ def update_kernel(
     if DIMS > 0:
         if not is_linear(row):
             update_strided(
-                start, stop, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
-                PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, DIMS, WIDE, STRIDED,
+                start, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
+                PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, OWN, DIMS, WIDE, STRIDED,
             )  # fmt: skip
             return
     pointers = tl.load(row + PARAM) | tl.load(row + GRAD) | tl.load(row + PACKED_WORDS)
@@ -109,13 +127,13 @@ def update_kernel(
 
     # the tail first: it needs fewer registers, and nothing of it stays in them during the wide passes
     update_narrow(
-        middle, stop, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
-        PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, NARROW,
+        middle, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
+        PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, OWN, NARROW,
     )  # fmt: skip
     if start < middle:
         update_wide(
-            start, middle, row, integers, reals, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
-            PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, TILES, VECTOR,
+            start, middle, row, integers, reals, rounding, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
+            PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, OWN, TILES, VECTOR,
         )  # fmt: skip
 
 
@@ -124,12 +142,15 @@ def update_kernel(
 
 @triton.jit
 def update_wide(
-    start, stop, row, integers, reals, kind, effect, seed, grad_scale,
+    start, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
-    TILES: tl.constexpr, VECTOR: tl.constexpr,
+    OWN: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
+    VALUES: tl.constexpr = rounded_values(STATES, STATE_DTYPE)
+    if rounding is not None:
+        random_key = rounding_key(rounding, seed)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
     window, block, key = mask_numbers(integers, seed)
     offset = tl.load(row + OFFSET)
@@ -140,6 +161,9 @@ def update_wide(
     packed = aligned(row + PACKED_WORDS, tl.int32)
     reads_grad = has_grad(row, kind, effect)
     origin = block_origin((offset + start) // TILE, tl.maximum(block // TILE, 1))
+    mine = factors
+    if OWN:
+        table = block_table(row, kind, effect, origin[0], block, dtype)
 
     for first in range(start, stop, TILES * TILE):
         first = tl.multiple_of(first, TILE)
@@ -155,6 +179,11 @@ def update_wide(
             grad_live = tl.where(reads_grad, takes_grad(whole, effect), False)
             if GAUSSIAN_BIT & KINDS:
                 noise = wide_noise(offset + first, key, TILES, VECTOR)
+            if rounding is not None:
+                drawn = wide_words(offset + first, random_key, VALUES, TILES)
+            if OWN:
+                on = blocks_on(((first - start) // TILE).to(tl.int32) + tl.arange(0, TILES)[:, None, None], origin)
+                mine = block_factors(table, on, live, factors, FACTORS)
             for w in tl.static_range(4):
                 at = first + w * 32
                 kept = kept_at(bits, w, VECTOR)
@@ -167,23 +196,30 @@ def update_wide(
                 if GAUSSIAN_BIT & KINDS:
                     g = g * (1 + std * noise[w])
                 g = tl.where(takes_grad(kept, effect), g * grad_factor, 0.0)
-                p, states = RULE(p_raw.to(dtype), g, states, factors)
+                p, states = RULE(p_raw.to(dtype), g, states, mine)
+                random = ()
+                if rounding is not None:
+                    random = wide_random(drawn, w, VALUES, TILES)
                 # a select of the raw values: a frozen element keeps its bits, and the store its full width
-                p = tl.where(writes_param(kept, effect), p.to(PARAM_DTYPE), p_raw)
+                p = tl.where(writes_param(kept, effect), stored(p, PARAM_DTYPE, random, 0), p_raw)
                 store_tiles(p_ptr + at, p, live, TILES, VECTOR)
                 for k in tl.static_range(STATES):
-                    new = tl.where(writes_state(kept, effect), states[k].to(STATE_DTYPE), old[k])
+                    new = stored(states[k], STATE_DTYPE, random, 1 + k)
+                    new = tl.where(writes_state(kept, effect), new, old[k])
                     store_tiles(state_ptrs[k] + at, new, live, TILES, VECTOR)
 
 
 @triton.jit
 def update_narrow(
-    start, stop, row, integers, reals, kind, effect, seed, grad_scale,
+    start, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
-    NARROW: tl.constexpr,
+    OWN: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
+    VALUES: tl.constexpr = rounded_values(STATES, STATE_DTYPE)
+    if rounding is not None:
+        random_key = rounding_key(rounding, seed)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
     window, block, key = mask_numbers(integers, seed)
     # from here on everything is counted from the chunk's part of the tensor, in 32 bits
@@ -196,6 +232,9 @@ def update_narrow(
     reads_grad = has_grad(row, kind, effect)
     into_tile = (index % TILE).to(tl.int32)
     origin = block_origin(index, block)
+    mine = factors
+    if OWN:
+        table = block_table(row, kind, effect, origin[0], block, dtype)
 
     for base in range(-into_tile, count, NARROW * TILE):
         offset = base + tl.arange(0, NARROW)[:, None] * TILE + tl.arange(0, 32)[None, :]
@@ -208,24 +247,34 @@ def update_narrow(
         kept = narrow_kept(kind, offset, inside, index + base, packed, origin, window, key, KINDS, NARROW)
         if GAUSSIAN_BIT & KINDS:
             noise = narrow_noise(index + base, key, NARROW)
+        if rounding is not None:
+            drawn = narrow_words(index + base, random_key, VALUES, NARROW)
         for w in tl.static_range(4):
             factor = grad_factor
             if GAUSSIAN_BIT & KINDS:
                 factor = (1 + std * noise[w]) * grad_factor
+            random = ()
+            if rounding is not None:
+                random = narrow_random(drawn, w, VALUES)
+            if OWN:
+                mine = block_factors(table, blocks_on(offset + 32 * w, origin), inside[w] & kept[w], factors, FACTORS)
             update_at(
                 p_ptr + offset, g_ptr + offset, state_ptrs, offset, 32 * w, inside[w], kept[w], reads_grad, effect,
-                factor, factors, RULE, STATES, dtype,
+                factor, mine, random, RULE, STATES, dtype,
             )  # fmt: skip
 
 
 @triton.jit
 def update_strided(
-    start, stop, row, integers, reals, kind, effect, seed, grad_scale,
+    start, stop, row, integers, reals, rounding, kind, effect, seed, grad_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr, KINDS: tl.constexpr,
-    DIMS: tl.constexpr, WIDE: tl.constexpr, STRIDED: tl.constexpr,
+    OWN: tl.constexpr, DIMS: tl.constexpr, WIDE: tl.constexpr, STRIDED: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = arithmetic(PARAM_DTYPE)
+    VALUES: tl.constexpr = rounded_values(STATES, STATE_DTYPE)
+    if rounding is not None:
+        random_key = rounding_key(rounding, seed)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
     window, block, key = mask_numbers(integers, seed)
     offset = tl.load(row + OFFSET)
@@ -237,6 +286,9 @@ def update_strided(
     reads_grad = has_grad(row, kind, effect)
     number: tl.constexpr = tl.int64 if WIDE else tl.int32
     dims = dimensions(row, number, DIMS)
+    mine = factors
+    if OWN:
+        table = block_table(row, kind, effect, offset // block, block, dtype)
 
     for base in range(start.to(number), stop.to(number), STRIDED):
         position = base + tl.arange(0, STRIDED)
@@ -247,16 +299,21 @@ def update_strided(
         factor = grad_factor
         if GAUSSIAN_BIT & KINDS:
             factor = (1 + std * strided_noise(index, key)) * grad_factor
+        random = ()
+        if rounding is not None:
+            random = strided_random(index, random_key, VALUES)
+        if OWN:
+            mine = block_factors(table, index // block - offset // block, inside & kept, factors, FACTORS)
         update_at(
             p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, 0, inside, kept, reads_grad, effect,
-            factor, factors, RULE, STATES, dtype,
+            factor, mine, random, RULE, STATES, dtype,
         )  # fmt: skip
 
 
 @triton.jit
 def update_at(
     p_ptr, g_ptr, state_ptrs, offset, SHIFT: tl.constexpr, inside, kept, reads_grad, effect, grad_factor, factors,
-    RULE: tl.constexpr, STATES: tl.constexpr, dtype: tl.constexpr,
+    random, RULE: tl.constexpr, STATES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """An element for each pointer of ``p_ptr`` and ``g_ptr``, SHIFT elements on; the states' is at ``offset``."""
     live = inside & writes_state(kept, effect)
@@ -267,9 +324,11 @@ def update_at(
     for k in tl.static_range(STATES):
         states = states + (tl.load(state_ptrs[k] + offset + SHIFT, mask=live).to(dtype),)
     p, states = RULE(p, g * grad_factor, states, factors)
-    tl.store(p_ptr + SHIFT, p.to(p_ptr.dtype.element_ty), mask=inside & writes_param(kept, effect))
+    p = stored(p, p_ptr.dtype.element_ty, random, 0)
+    tl.store(p_ptr + SHIFT, p, mask=inside & writes_param(kept, effect))
     for k in tl.static_range(STATES):
-        tl.store(state_ptrs[k] + offset + SHIFT, states[k].to(state_ptrs[k].dtype.element_ty), mask=live)
+        new = stored(states[k], state_ptrs[k].dtype.element_ty, random, 1 + k)
+        tl.store(state_ptrs[k] + offset + SHIFT, new, mask=live)
 
 
 @triton.constexpr_function
@@ -288,6 +347,23 @@ def numbers(reals, kind, effect, grad_scale, FACTORS: tl.constexpr, dtype: tl.co
         grad_factor = grad_factor / tl.load(grad_scale).to(tl.float64)
     std = tl.where((kind == GAUSSIAN) & (effect != UPDATE), tl.load(reals + NOISE_STD), 0.0)
     return factors, grad_factor.to(dtype), std.to(dtype)
+
+
+@triton.jit
+def block_table(row, kind, effect, number, block, dtype: tl.constexpr):
+    """(has the tensor factors of its blocks' own?, a pointer to those of block ``number``)"""
+    own = (tl.load(row + BLOCK_FACTORS) != 0) & (kind == BLOCK) & (effect == FREEZE)
+    return own, pointer(row + BLOCK_FACTORS, dtype) + (number - tl.load(row + OFFSET) // block) * MAX_FACTORS
+
+
+@triton.jit
+def block_factors(table, on, live, factors, FACTORS: tl.constexpr):
+    """Factors of the blocks ``on`` behind that of ``table``: their own, or ``factors`` where there are none."""
+    own, first = table
+    found = ()
+    for k in tl.static_range(FACTORS):
+        found = found + (tl.load(first + on * MAX_FACTORS + k, mask=tl.where(own, live, False), other=factors[k]),)
+    return found
 
 
 @triton.jit

@@ -2,18 +2,21 @@
 
 import triton.language as tl
 
-from ...contract import Effect, Integer, Mask, Real
+from ...contract import MAX_FACTORS as _MAX_FACTORS
+from ...contract import Effect, Integer, Mask, Real, Rounding
 from ...device_rows import DeviceRow
 from ...mask_stream import TILE as _TILE
 from ...mask_stream import Purpose
 
 TILE = tl.constexpr(_TILE)
+MAX_FACTORS = tl.constexpr(_MAX_FACTORS)
 
 # Purpose
 FOR_ELEMENT = tl.constexpr(int(Purpose.ELEMENT))
 FOR_LAYER = tl.constexpr(int(Purpose.LAYER))
 FOR_GAUSSIAN = tl.constexpr(int(Purpose.GAUSSIAN))
 FOR_BLOCK = tl.constexpr(int(Purpose.BLOCK))
+FOR_ROUND_PARAM = tl.constexpr(int(Purpose.ROUND_PARAM))  # and the states' behind it
 
 # Mask
 KEEP = tl.constexpr(int(Mask.KEEP))
@@ -52,12 +55,18 @@ GRAD_FACTOR = tl.constexpr(int(Real.GRAD_FACTOR))
 NOISE_STD = tl.constexpr(int(Real.NOISE_STD))
 FACTOR = tl.constexpr(int(Real.FACTOR))
 
+# Columns of Batch.rounding
+ROUNDINGS = tl.constexpr(len(Rounding))
+ROUND_DRAW = tl.constexpr(int(Rounding.DRAW))
+ROUND_STREAM_ID = tl.constexpr(int(Rounding.STREAM_ID))
+
 # Columns of the layout table as it is on a device
 ROW = tl.constexpr(DeviceRow.columns())
 PARAM = tl.constexpr(int(DeviceRow.PARAM))
 GRAD = tl.constexpr(int(DeviceRow.GRAD))
 STATE = tl.constexpr(int(DeviceRow.STATE))
 PACKED_WORDS = tl.constexpr(int(DeviceRow.PACKED))
+BLOCK_FACTORS = tl.constexpr(int(DeviceRow.BLOCK_FACTORS))
 NUMEL = tl.constexpr(int(DeviceRow.NUMEL))
 OFFSET = tl.constexpr(int(DeviceRow.OFFSET))
 LINEAR = tl.constexpr(int(DeviceRow.LINEAR))

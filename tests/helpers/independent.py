@@ -144,7 +144,7 @@ def known_answers():
         "block_random": [{**p, "blocks": elements, "random": [block_random(b, **p) for b in elements]} for p in at],
         "rounding": [
             {**p, "purpose": n, "elements": elements, "random": [element_random(e, **p, purpose=n) for e in elements]}
-            for n, p in zip((4, 5, 6), at, strict=True)
+            for n, p in zip((4, 5, 6, 7), (*at, at[1]), strict=True)
         ],
         "normals": [{**p, "elements": tiles, "values": [normal(e, **p) for e in tiles]} for p in at],
         "bernoulli": [dict(zip(("p", "lo", "span"), (p, *bernoulli(p)), strict=True)) for p in shares],

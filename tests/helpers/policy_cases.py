@@ -139,13 +139,14 @@ def build(drops, effects, backend="reference", **options):
     return params, GradDropAdamW(groups, lr=LR, weight_decay=DECAY, seed=SEED, backend=backend, **options)
 
 
-def by_the_equations(param, masks, effect, grads, as_a_whole):
-    """One parameter's trajectory, element by element: equations 2 and 3, then AdamW. What is frozen ``as_a_whole`` has
-    not stepped."""
-    p, m, v, t = param, [0.0] * len(param), [0.0] * len(param), 0
+def by_the_equations(param, masks, effect, grads, in_parts):
+    """One parameter's trajectory, element by element: equations 2 and 3, then AdamW. What is frozen has not
+    stepped where the mask decides ``in_parts``, layers or blocks."""
+    p, m, v, steps = param, [0.0] * len(param), [0.0] * len(param), [0] * len(param)
     for mask, grad in zip(masks, grads, strict=True):
-        t += not (as_a_whole and effect == "freeze" and mask[0] is None)
         for e, scale in enumerate(mask):
+            steps[e] += not (in_parts and effect == "freeze" and scale is None)
+            t = steps[e]
             if scale is None and effect == "freeze":
                 continue
             g = grad[e] if effect == "update" else 0.0 if scale is None else scale * grad[e]
