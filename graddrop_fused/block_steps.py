@@ -129,9 +129,7 @@ class BlockSteps:
             t, group_of = t.index_select(0, rows), group_of.index_select(0, rows)
         t = t.double().clamp_min(1.0)
         lr, *rest = numbers.t().index_select(1, group_of).unbind()
-        factors = torch.stack(
-            [torch.as_tensor(factor).expand_as(t) for factor in self.rule.factors(lr, rest, 1.0, t)], 1
-        )
+        factors = torch.stack([cast(Tensor, factor).expand_as(t) for factor in self.rule.factors(lr, rest, 1.0, t)], 1)
         factors = factors.to(self.table.dtype)
         here = self.table[:, : factors.shape[1]]
         here.copy_(factors) if rows is None else here.index_copy_(0, rows, factors)
