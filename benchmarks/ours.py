@@ -137,10 +137,12 @@ def _block_traffic(p: float):
 
 DRAWN, PACKED, NO_MASK, FLOOR = "GradDrop", "GradDropEpoch, packed mask", "no mask", "floor"
 FROZEN_BLOCKS = "GradDrop(p=0.9, block=1024), freeze"
+ROUNDED = "GradDrop, stochastic rounding"  # of bfloat16 parameters
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 OURS = [
     ours(DRAWN, MASKED, lambda t: GradDrop(p=P), one_pass),
+    ours(ROUNDED, MASKED, lambda t: GradDrop(p=P), one_pass, rounding="stochastic"),
     ours(PACKED, MASKED, lambda t: GradDropEpoch(p=P), lambda t: one_pass(t) + 1 / 8),
     ours(NO_MASK, Claim(), None, one_pass),
     ours("GradDrop, update", claim(P, effect="update"), lambda t: GradDrop(p=P), effect="update"),

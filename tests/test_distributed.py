@@ -13,7 +13,12 @@ from torch.distributed.tensor import DTensor
 from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, LayerGradDrop
 
 WORLDS = (1, 2, 3, 4, 8)
-DROPS = {"drawn": GradDrop(0.5), "packed": GradDropEpoch(0.6, toggle=True), "layers": LayerGradDrop(0.5)}
+DROPS = {
+    "drawn": GradDrop(0.5),
+    "packed": GradDropEpoch(0.6, toggle=True),
+    "layers": LayerGradDrop(0.5),
+    "rows": GradDrop(0.6, block="row"),  # frozen, with counts of their own
+}
 STEPS = 20
 LOOKED_AT = (0, 1, 2, 10, 19)  # steps whose masks are compared as such; the parameters' bits tell of all others
 # Sums in another order differ by 1e-17; AdamW divides what should be a gradient of zero by its own size, or eps
@@ -21,7 +26,12 @@ TOLERANCE = 1e-9
 
 
 def optimizer(model, drop):
-    return GradDropAdamW(sharded_transformer.groups(model), lr=1e-2, drop=drop, seed=2**40 + 7, steps_per_epoch=3)
+    groups = sharded_transformer.groups(model)
+    return GradDropAdamW(groups, lr=1e-2, drop=drop, effect=effect(drop), seed=2**40 + 7, steps_per_epoch=3)
+
+
+def effect(drop):
+    return None if drop.block == 1 else "freeze"
 
 
 def train(model, drop, part=0, parts=1):

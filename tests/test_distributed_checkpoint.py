@@ -13,7 +13,7 @@ import ranks
 import sharded_transformer
 import torch
 import torch.distributed.checkpoint as dcp
-from test_distributed import DROPS, follow, local, optimizer, placed_index
+from test_distributed import DROPS, effect, follow, local, optimizer, placed_index
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
@@ -68,7 +68,8 @@ def resume(rank, world, sharding, folder):
             model = sharded_transformer.model()
             nn.init.zeros_(model.head.weight)
             sharded_transformer.SHARDINGS[sharding](model, world)
-            opt = GradDropAdamW(sharded_transformer.groups(model), drop=drop, seed=1, steps_per_epoch=1)
+            groups = sharded_transformer.groups(model)
+            opt = GradDropAdamW(groups, drop=drop, effect=effect(drop), seed=1, steps_per_epoch=1)
             options = StateDictOptions(flatten_optimizer_state_dict=flat)
             model_state, optim_state = get_state_dict(model, opt, options=options)
             state = {"model": model_state, "optim": optim_state}

@@ -12,6 +12,7 @@ namespace {
 struct bfloat16 {
   uint16_t bits;
 };
+struct rounded_bfloat16 : bfloat16 {};  // is stored by stochastic rounding
 struct float16 {
   uint16_t bits;
 };

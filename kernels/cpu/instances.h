@@ -32,12 +32,12 @@ struct Double {
   static void store(double* x, double a) { *x = a; }
 };
 
-template <class Draw, class Rule, class Param, class State>
+template <class Draw, class Rule, class Param, class State, class Grad = Param>
 constexpr Kernels kernels_for() {
-  return {{update_tiles<Draw, Rule, Param, Param, State, Select::NOWHERE>,
-           update_tiles<Draw, Rule, Param, Param, State, Select::GRADIENT>,
-           update_tiles<Draw, Rule, Param, Param, State, Select::EVERYTHING>,
-           update_tiles<Draw, Rule, Param, Param, State, Select::PARAMETER>}};
+  return {{update_tiles<Draw, Rule, Param, Grad, State, Select::NOWHERE>,
+           update_tiles<Draw, Rule, Param, Grad, State, Select::GRADIENT>,
+           update_tiles<Draw, Rule, Param, Grad, State, Select::EVERYTHING>,
+           update_tiles<Draw, Rule, Param, Grad, State, Select::PARAMETER>}};
 }
 
 // The combinations of dtypes that have pipelines of their own. The driver widens all others to float32 tile by tile.
@@ -63,11 +63,26 @@ Kernels narrow_kernels(Dtypes dtypes) {
   return {};
 }
 
+// Those that round stochastically.
+template <class Draw, class Rule>
+Kernels rounded_kernels(Dtypes dtypes) {
+  if (dtypes.param != Dtype::BFLOAT16 || dtypes.grad != Dtype::BFLOAT16) return {};
+  if (Rule::STATES == 0 || dtypes.state == Dtype::FLOAT32) {
+    return kernels_for<Draw, Rule, rounded_bfloat16, float, bfloat16>();
+  }
+  if constexpr (Rule::STATES > 0) {
+    if (dtypes.state == Dtype::BFLOAT16) return kernels_for<Draw, Rule, rounded_bfloat16, rounded_bfloat16, bfloat16>();
+  }
+  return {};
+}
+
 template <class Draw, class... Narrow, class... Wide>
-Kernels find_kernels(int64_t rule, Dtypes dtypes, List<Narrow...>, List<Wide...>) {
+Kernels find_kernels(int64_t rule, Dtypes dtypes, bool rounds, List<Narrow...>, List<Wide...>) {
   int64_t k = 0;
   Kernels found = {};
-  if (dtypes.param == Dtype::FLOAT64) {
+  if (rounds) {
+    ((rule == k++ ? void(found = rounded_kernels<Draw, Narrow>(dtypes)) : void()), ...);
+  } else if (dtypes.param == Dtype::FLOAT64) {
     ((rule == k++ ? void(found = kernels_for<Draw, Wide, double, double>()) : void()), ...);
   } else {
     ((rule == k++ ? void(found = narrow_kernels<Draw, Narrow>(dtypes)) : void()), ...);
@@ -76,8 +91,8 @@ Kernels find_kernels(int64_t rule, Dtypes dtypes, List<Narrow...>, List<Wide...>
 }
 
 template <class Draw, class V>
-Kernels kernels(int64_t rule, Dtypes dtypes) {
-  return find_kernels<Draw>(rule, dtypes, RULES<V>{}, RULES<Double>{});
+Kernels kernels(int64_t rule, Dtypes dtypes, bool rounds) {
+  return find_kernels<Draw>(rule, dtypes, rounds, RULES<V>{}, RULES<Double>{});
 }
 
 template <class... Rule>

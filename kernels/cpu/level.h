@@ -38,7 +38,8 @@ struct Tiles {
   const uint32_t* words = nullptr;     // four a tile
   int64_t words_step = 4;              // 0: four words serve all tiles
   const MaskStream* stream = nullptr;  // in place of words: draw them
-  uint64_t first_tile = 0;             // of the whole parameter, if drawn
+  const MaskStream* rounding = nullptr;  // draws what rounds bfloat16, where kernels round stochastically
+  uint64_t first_tile = 0;               // of the whole parameter, if anything is drawn
 };
 
 using UpdateTiles = void (*)(const Tiles&, const Factors&);
@@ -60,8 +61,8 @@ struct Level {
   const char* name;
   int64_t (*rule_number)(const char* name, int64_t states);  // -1: there is none
   RuleName (*rule_name)(int64_t number);
-  // For float32 and float64 there is always one with gradients and state of the same dtype.
-  Kernels (*kernels)(int64_t rule, Dtypes);
+  // For float32 and float64 there is always one with gradients and state of the same dtype. `rounds`: stochastically.
+  Kernels (*kernels)(int64_t rule, Dtypes, bool rounds);
   void (*draw)(const MaskStream&, uint64_t tile, uint32_t words[4]);
   void (*random)(const MaskStream&, uint64_t tile, Purpose, uint16_t random[TILE]);
   void (*normals)(const MaskStream&, uint64_t tile, float normals[TILE]);

@@ -2,6 +2,8 @@
 // the same bits.
 #pragma once
 
+#include <type_traits>
+
 #include "level.h"
 #include "rules.h"
 
@@ -25,6 +27,37 @@ inline const double* factors_of(const Factors& factors, double) { return factors
 #define GRADDROP_PREFETCH(address)
 #endif
 
+// Where a vector is stored, and for a rounded_bfloat16 the random numbers that round it.
+template <class T>
+struct Place {
+  T* at;
+  template <class V>
+  GRADDROP_INLINE void store(typename V::Floats x) const {
+    V::store(at, x);
+  }
+};
+template <>
+struct Place<rounded_bfloat16> {
+  rounded_bfloat16* at;
+  const uint16_t* random;
+  template <class V>
+  GRADDROP_INLINE void store(typename V::Floats x) const {
+    V::store(at, x, random);
+  }
+};
+
+// Random numbers for the first VALUES of an element's parameter and states. Of three tiles: the next one's are drawn while
+// the last vectors of the one before still wait for their later stages.
+template <int VALUES>
+struct RandomTiles {
+  alignas(64) uint16_t number[3][VALUES][TILE];
+  int now = 0;
+  GRADDROP_INLINE const uint16_t* of(int value, int i) const { return number[now][value] + i; }
+  GRADDROP_INLINE int next() const { return now == 2 ? 0 : now + 1; }
+};
+template <>
+struct RandomTiles<0> {};
+
 // A tile that is drawn is drawn while its predecessor is updated: an update waits for memory, a square root and a
 // division, and a draw for multiplications. Updates wait so long that a processor's window holds few whole ones.
 // Therefore the stages of a rule that has any overlap: of three neighbouring vectors at a time.
@@ -38,6 +71,8 @@ class Pipeline {
   static constexpr bool SELECTS_STATE = SELECT == Select::EVERYTHING;
   // one lane: the loop over elements is the compiler's to vectorise
   static constexpr bool STAGED = Rule::STAGED && V::WIDTH > 1;
+  static constexpr bool ROUNDS_STATE = std::is_same_v<State, rounded_bfloat16>;
+  static constexpr int VALUES = !std::is_same_v<Param, rounded_bfloat16> ? 0 : ROUNDS_STATE ? 1 + Rule::STATES : 1;
 
  public:
   // nowhere: V::WIDTH elements that take what the first two vectors find in the later stages
@@ -48,13 +83,17 @@ class Pipeline {
     if constexpr (STAGED) {
       F zeros[MAX_STATES] = {V::set(0), V::set(0), V::set(0)};
       const typename V::Kept kept{};
-      begun_ = {rule_.begin(zeros[0], zeros[0], zeros), zeros[0], kept, nowhere};
-      halfway_ = {rule_.middle(begun_.x), zeros[0], kept, nowhere};
+      begun_ = {rule_.begin(zeros[0], zeros[0], zeros), zeros[0], kept, place(nowhere, 0, 0)};
+      halfway_ = {rule_.middle(begun_.x), zeros[0], kept, begun_.to};
     }
   }
 
   GRADDROP_INLINE void run() {
-    SELECT != Select::NOWHERE && tiles_.stream ? run_drawn() : run_read();
+    if constexpr (VALUES > 0) {
+      SELECT != Select::NOWHERE && tiles_.stream ? run_rounded<true>() : run_rounded<false>();
+    } else {
+      SELECT != Select::NOWHERE && tiles_.stream ? run_drawn() : run_read();
+    }
     if constexpr (STAGED) {
       write(halfway_);
       write(advance(begun_));
@@ -67,13 +106,23 @@ class Pipeline {
     decltype(std::declval<const Rule&>().begin(F(), F(), nullptr)) x;
     F p;
     typename V::Kept kept;
-    Param* to;
+    Place<Param> to;
   };
   struct Halfway {
     F x, p;
     typename V::Kept kept;
-    Param* to;
+    Place<Param> to;
   };
+
+  // Of element i of the tile; `value`: 0 for the parameter, 1 and on for the states.
+  template <class T>
+  GRADDROP_INLINE Place<T> place(T* to, int value, int i) const {
+    if constexpr (std::is_same_v<T, rounded_bfloat16>) {
+      return {to, random_.of(value, i)};
+    } else {
+      return {to};
+    }
+  }
 
   GRADDROP_INLINE void run_read() {
     Decisions decisions;
@@ -117,6 +166,68 @@ class Pipeline {
      ...);
   }
 
+  // As above; the next tile's random numbers are drawn between the updates too, one value's after another's.
+  template <bool DRAWN>
+  void run_rounded() {
+    Decisions decisions, next;
+    if constexpr (DRAWN) draw_tile<Draw>(*tiles_.stream, tiles_.first_tile, decisions);
+    for (int value = 0; value < VALUES; ++value) {
+      draw_random<Draw>(*tiles_.rounding, tiles_.first_tile, rounding_of(value), random_.number[0][value]);
+    }
+    for (int64_t t = 0; t < tiles_.count; ++t) {
+      const uint64_t next_index = tiles_.first_tile + static_cast<uint64_t>(t) + 1;
+      if (SELECT != Select::NOWHERE && !DRAWN) decisions.read(tiles_.words + t * tiles_.words_step);
+      if constexpr (V::WIDTH > 1) {
+        rounded_tile<DRAWN>(next_index, decisions, next, std::make_integer_sequence<int, VALUES>{});
+      } else {
+        if constexpr (DRAWN) draw_tile<Draw>(*tiles_.stream, next_index, next);
+        for (int value = 0; value < VALUES; ++value) {
+          draw_random<Draw>(*tiles_.rounding, next_index, rounding_of(value), random_.number[random_.next()][value]);
+        }
+        GRADDROP_INDEPENDENT
+        for (int i = 0; i < TILE; ++i) update(decisions, i);
+      }
+      if constexpr (DRAWN) decisions = next;
+      random_.now = random_.next();
+      next_tile();
+    }
+  }
+
+  template <bool DRAWN, int... VALUE>
+  GRADDROP_INLINE void rounded_tile(uint64_t next_index, const Decisions& decisions, Decisions& next,
+                                    std::integer_sequence<int, VALUE...>) {
+    constexpr int GROUP = Draw::COUNTERS * ELEMENTS_PER_COUNTER;
+    using Random = typename Draw::Random;
+    typename Random::Result at[] = {{random_.number[random_.next()][VALUE]}...};
+    Random random[] = {Random(*tiles_.rounding, next_index, at[VALUE], rounding_of(VALUE))...};
+    const MaskStream& stream = DRAWN ? *tiles_.stream : *tiles_.rounding;
+    Draw draw(stream, next_index, next);
+    for (int first = 0; first < TILE; first += GROUP) {
+      rounded_group<DRAWN>(draw, random, first, decisions, std::make_integer_sequence<int, GROUP / V::WIDTH>{});
+    }
+  }
+
+  template <bool DRAWN, class Random, int... VECTOR>
+  GRADDROP_INLINE void rounded_group(Draw& draw, Random* random, int first, const Decisions& decisions,
+                                     std::integer_sequence<int, VECTOR...>) {
+    constexpr int VECTORS = sizeof...(VECTOR), PARTS = Draw::PARTS * DRAWN, ALL = Draw::PARTS * VALUES;
+    ((draw_parts<VECTOR * PARTS / VECTORS>(
+          draw, first / ELEMENTS_PER_COUNTER,
+          std::make_integer_sequence<int, (VECTOR + 1) * PARTS / VECTORS - VECTOR * PARTS / VECTORS>{}),
+      random_parts<VECTOR * ALL / VECTORS>(
+          random, first / ELEMENTS_PER_COUNTER,
+          std::make_integer_sequence<int, (VECTOR + 1) * ALL / VECTORS - VECTOR * ALL / VECTORS>{}),
+      prefetch(first + VECTOR * V::WIDTH), update(decisions, first + VECTOR * V::WIDTH)),
+     ...);
+  }
+
+  template <int FIRST, class Random, int... PART>
+  GRADDROP_INLINE static void random_parts(Random* random, int counter, std::integer_sequence<int, PART...>) {
+    (random[(FIRST + PART) / Draw::PARTS].template part<(FIRST + PART) % Draw::PARTS>(counter), ...);
+  }
+
+  static Purpose rounding_of(int value) { return value == 0 ? Purpose::ROUND_PARAM : round_state(value - 1); }
+
   // The next tile's lines. A draw's instructions fill the processor's window, which would otherwise reach these loads.
   GRADDROP_INLINE void prefetch(int i) const {
     prefetch(param_, i);
@@ -140,7 +251,7 @@ class Pipeline {
     F old_state[MAX_STATES], state[MAX_STATES];
     for (int k = 0; k < Rule::STATES; ++k) old_state[k] = state[k] = V::load(state_[k] + i);
 
-    const Begun begun = {rule_.begin(p, g, state), p, kept, param_ + i};
+    const Begun begun = {rule_.begin(p, g, state), p, kept, place(param_ + i, 0, i)};
     if constexpr (STAGED) {
       write(halfway_);
       halfway_ = advance(begun_);
@@ -149,7 +260,8 @@ class Pipeline {
       write(advance(begun));
     }
     for (int k = 0; k < Rule::STATES; ++k) {
-      V::store(state_[k] + i, SELECTS_STATE ? V::select(kept, state[k], old_state[k]) : state[k]);
+      const F new_state = SELECTS_STATE ? V::select(kept, state[k], old_state[k]) : state[k];
+      place(state_[k] + i, 1 + k, i).template store<V>(new_state);
     }
   }
 
@@ -157,7 +269,7 @@ class Pipeline {
 
   GRADDROP_INLINE void write(const Halfway& a) const {
     const F p = rule_.end(a.p, a.x);
-    V::store(a.to, SELECTS_PARAM ? V::select(a.kept, p, a.p) : p);
+    a.to.template store<V>(SELECTS_PARAM ? V::select(a.kept, p, a.p) : p);
   }
 
   GRADDROP_INLINE void next_tile() {
@@ -174,6 +286,7 @@ class Pipeline {
   State* state_[MAX_STATES] = {};
   Begun begun_{};
   Halfway halfway_{};
+  RandomTiles<VALUES> random_;
 };
 
 template <class Draw, class Rule, class Param, class Grad, class State, Select SELECT>

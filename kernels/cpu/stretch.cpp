@@ -39,8 +39,8 @@ class Update {
         factors_(factors_of(call.reals[tensor], reads_grad_ ? call.inv_grad_scale : 0.0)),
         block_table_(words_.kind() == Mask::BLOCK && effect_ == Effect::FREEZE ? row_.block_factors : 0),
         block_factors_(factors_),
-        in_place_(random_.any() ? Kernels{} : level.kernels(call.rule, call.dtypes)),
-        on_copies_(level.kernels(call.rule, {real_, real_, real_})) {
+        in_place_(level.kernels(call.rule, call.dtypes, random_.any())),
+        on_copies_(level.kernels(call.rule, {real_, real_, real_}, false)) {
     param_.set(row_.param, call.dtypes.param, real_);
     grad_.set(row_.grad, call.dtypes.grad, real_);
     for (int k = 0; k < states_; ++k) state_[k].set(row_.state[k], call.dtypes.state, real_);
@@ -58,10 +58,13 @@ class Update {
  private:
   // Updates as much of [begin, end) as goes in one way, of a linear tensor. Returns where that ends.
   int64_t next_part(int64_t begin, int64_t end) {
-    const bool drawn = words_.kind() == Mask::ELEMENT;
-    const int64_t head = drawn ? (TILE - row_.offset - begin) & (TILE - 1) : 0;  // up to where the stream's tiles begin
+    const bool drawn = words_.kind() == Mask::ELEMENT, packed = words_.kind() == Mask::PACKED;
+    const int64_t into_tile = (row_.offset + begin) & (TILE - 1);  // of the stream
+    // up to where the stream's tiles begin; packed words must begin a tile
+    const int64_t head = drawn || (random_.any() && !packed) ? (TILE - into_tile) & (TILE - 1) : 0;
+    const bool out_of_step = packed && random_.any() && into_tile > 0;
     int64_t tiles = (end - begin) / TILE;
-    if (head > 0 || tiles == 0 || noisy_ || !in_place_) {
+    if (head > 0 || tiles == 0 || noisy_ || out_of_step || !in_place_) {
       const int64_t count = std::min<int64_t>(head > 0 ? head : TILE, end - begin);
       copied_tile(begin, count, true);
       return begin + count;
@@ -71,8 +74,7 @@ class Update {
     bool kept;
     if (drawn) {
       some.stream = &words_.stream();
-      some.first_tile = words_.global(begin) / TILE;
-    } else if (words_.kind() == Mask::PACKED) {
+    } else if (packed) {
       some.words = reinterpret_cast<const uint32_t*>(row_.packed) + begin / 32;
     } else if (const int64_t alike = words_.alike(begin, tiles, kept, block_table_ != 0); alike > 0) {
       tiles = alike;
@@ -105,6 +107,8 @@ class Update {
     some.grad = reads_grad_ ? grad_.at(begin) : ZEROS;
     some.grad_step = reads_grad_ ? TILE : 0;
     for (int k = 0; k < states_; ++k) some.state[k] = state_[k].at(begin);
+    some.first_tile = words_.global(begin) / TILE;
+    if (random_.any()) some.rounding = &random_.stream();
     return some;
   }
 

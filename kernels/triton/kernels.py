@@ -153,22 +153,22 @@ def update_wide(
         random_key = rounding_key(rounding, seed)
     factors, grad_factor, std = numbers(reals, kind, effect, grad_scale, FACTORS, dtype)
     window, block, key = mask_numbers(integers, seed)
-    offset = tl.load(row + OFFSET)
-    p_ptr, g_ptr = aligned(row + PARAM, PARAM_DTYPE), aligned(row + GRAD, GRAD_DTYPE)
+    # from here on everything is counted from the chunk's part of the tensor, in 32 bits
+    count, index = (stop - start).to(tl.int32), tl.load(row + OFFSET) + start
+    p_ptr, g_ptr = aligned(row + PARAM, PARAM_DTYPE) + start, aligned(row + GRAD, GRAD_DTYPE) + start
     state_ptrs = ()
     for k in tl.static_range(STATES):
-        state_ptrs = state_ptrs + (aligned(row + STATE + k, STATE_DTYPE),)
-    packed = aligned(row + PACKED_WORDS, tl.int32)
+        state_ptrs = state_ptrs + (aligned(row + STATE + k, STATE_DTYPE) + start,)
+    packed = aligned(row + PACKED_WORDS, tl.int32) + start // 32
     reads_grad = has_grad(row, kind, effect)
-    origin = block_origin((offset + start) // TILE, tl.maximum(block // TILE, 1))
-    mine = factors
+    origin = block_origin(index // TILE, tl.maximum(block // TILE, 1))
     if OWN:
         table = block_table(row, kind, effect, origin[0], block, dtype)
 
-    for first in range(start, stop, TILES * TILE):
+    for first in range(0, count, TILES * TILE):
         first = tl.multiple_of(first, TILE)
-        whole = whole_tiles_kept(kind, (first - start) // TILE, origin, window, key, KINDS, TILES)
-        bits = wide_kept(kind, whole, offset + first, packed + first // 32, window, key, KINDS, TILES, VECTOR)
+        whole = whole_tiles_kept(kind, first // TILE, origin, window, key, KINDS, TILES)
+        bits = wide_kept(kind, whole, index + first, packed + first // 32, window, key, KINDS, TILES, VECTOR)
         whole = whole[:, :, None]
         live, any_live = tl.full([TILES, 1, 1], True, tl.int1), True
         if BLOCK_BIT & KINDS:
@@ -178,12 +178,14 @@ def update_wide(
         if any_live:
             grad_live = tl.where(reads_grad, takes_grad(whole, effect), False)
             if GAUSSIAN_BIT & KINDS:
-                noise = wide_noise(offset + first, key, TILES, VECTOR)
+                noise = wide_noise(index + first, key, TILES, VECTOR)
             if rounding is not None:
-                drawn = wide_words(offset + first, random_key, VALUES, TILES)
+                drawn = wide_words(index + first, random_key, VALUES, TILES)
             if OWN:
-                on = blocks_on(((first - start) // TILE).to(tl.int32) + tl.arange(0, TILES)[:, None, None], origin)
+                on = blocks_on(first // TILE + tl.arange(0, TILES)[:, None, None], origin)
                 mine = block_factors(table, on, live, factors, FACTORS)
+            else:
+                mine = factors
             for w in tl.static_range(4):
                 at = first + w * 32
                 kept = kept_at(bits, w, VECTOR)
@@ -232,7 +234,6 @@ def update_narrow(
     reads_grad = has_grad(row, kind, effect)
     into_tile = (index % TILE).to(tl.int32)
     origin = block_origin(index, block)
-    mine = factors
     if OWN:
         table = block_table(row, kind, effect, origin[0], block, dtype)
 
@@ -258,6 +259,8 @@ def update_narrow(
                 random = narrow_random(drawn, w, VALUES)
             if OWN:
                 mine = block_factors(table, blocks_on(offset + 32 * w, origin), inside[w] & kept[w], factors, FACTORS)
+            else:
+                mine = factors
             update_at(
                 p_ptr + offset, g_ptr + offset, state_ptrs, offset, 32 * w, inside[w], kept[w], reads_grad, effect,
                 factor, mine, random, RULE, STATES, dtype,
@@ -286,7 +289,6 @@ def update_strided(
     reads_grad = has_grad(row, kind, effect)
     number: tl.constexpr = tl.int64 if WIDE else tl.int32
     dims = dimensions(row, number, DIMS)
-    mine = factors
     if OWN:
         table = block_table(row, kind, effect, offset // block, block, dtype)
 
@@ -304,6 +306,8 @@ def update_strided(
             random = strided_random(index, random_key, VALUES)
         if OWN:
             mine = block_factors(table, index // block - offset // block, inside & kept, factors, FACTORS)
+        else:
+            mine = factors
         update_at(
             p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, 0, inside, kept, reads_grad, effect,
             factor, mine, random, RULE, STATES, dtype,
