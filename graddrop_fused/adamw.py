@@ -34,6 +34,9 @@ class GradDropAdamW(MaskedOptimizer):
             down by chance, right on average, so that small steps are not lost. Chance follows from seed, step and name.
             float32 moments stay as they are; parameters of other dtypes are refused. A group may have its own.
         backend: "auto", "triton", "cpu" or "reference".
+        active_state: keep moments only for what the current epoch (or ``hold=K`` steps) trains: what becomes frozen
+            loses them, what becomes active starts as a new parameter would. Needs effect "freeze" and masks that hold,
+            of whole layers or of blocks (docs/memory.md).
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -64,6 +67,7 @@ class GradDropAdamW(MaskedOptimizer):
         state_dtype: torch.dtype | None = None,
         rounding: str = "nearest",
         backend: str = "auto",
+        active_state: bool = False,
     ):
         super().__init__(
             params,
@@ -86,4 +90,5 @@ class GradDropAdamW(MaskedOptimizer):
             state_dtype=state_dtype,
             rounding=rounding,
             backend=backend,
+            active_state=active_state,
         )

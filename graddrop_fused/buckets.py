@@ -252,9 +252,20 @@ class UpdateBucket(Bucket):
         if self.sharded:
             self.written = self.written + self._locals()
 
+    def counts_of_first(self, tensors: int) -> int:
+        """How many of the step counts are the first tensors'."""
+        return tensors
+
+    def let_go(self) -> None:
+        """Keep no state alive."""
+        self.entries, self.views, self.states, self.written, self.batch.states = [], [], [], [], []
+        self.block_steps, self.batch.block_factors = None, []
+        self.counting.clear()
+        self.batch.cache.clear()
+
     def _block_steps(self, entries: list[dict[str, Any]]) -> BlockSteps | None:
         here = [i for i, kind in enumerate(self.kinds) if kind.blocks]
-        self.counting = [entries[i] for i in here]
+        self.counting: list[dict[str, Any]] = [entries[i] for i in here]
         if not here:
             return None
         kinds = [self.kinds[i] for i in here]
@@ -340,10 +351,10 @@ class UpdateBucket(Bucket):
         try:
             launch()
         except BaseException:
-            done = self.batch.done
+            done = self.counts_of_first(self.batch.done)
             self.steps[:done] += self.counted[:done] if self.counted.dim() else self.counted
             if self.block_steps is not None:
-                self.block_steps.commit(done)
+                self.block_steps.commit(self.batch.done)
             raise
         self.batch.done = len(self.members)
         self.steps += self.counted
@@ -397,6 +408,12 @@ class Plan:
             if not taken:
                 self.release_gradients()
         return taken
+
+    def let_go(self) -> None:
+        """The plan is done with: keep no state alive."""
+        self.entries.clear()
+        for bucket in self.buckets:
+            bucket.let_go()
 
     def updated(self) -> set[int]:
         """ids of the parameters that the last launches have updated: all, unless they were broken off."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import block_steps, mask_stream, state, validate
+from . import block_steps, compact, mask_stream, state, validate
 from .checks import check_int, is_int, plain, shown
 from .clock import ENTRIES, Clock
 from .policies import policy_from_state
@@ -52,9 +52,13 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def check(
-    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], clock: Clock, rule_class: type[Rule]
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    clock: Clock,
+    rule_class: type[Rule],
+    active_state: bool = False,
 ) -> Loaded:
-    """Check a checkpoint against the groups it is to be loaded into.
+    """Check a checkpoint against the groups it is to be loaded into. ``active_state``: as in the constructor.
 
     Raises:
         TypeError, ValueError: naming the entry that is missing, extra, of another shape or of a value that cannot be.
@@ -73,6 +77,8 @@ def check(
     with_params = [{**values, "params": group["params"]} for values, group in zip(loaded, groups, strict=True)]
     for group in with_params:
         validate.group_options(group, rule_class)
+        if active_state:
+            compact.check_group(group)
     validate.all_groups(with_params)
     owners: dict[Any, tuple[Tensor, Rule]] = {}
     for saved, group in zip(saved_groups, with_params, strict=True):
@@ -88,7 +94,7 @@ def check(
                 f"the checkpoint has state for parameter {shown(index)}, which none of its param groups lists"
             )
         param, rule = owners[index]
-        entry = _entry(index, entry, param, rule)
+        entry = _entry(index, entry, param, rule, active_state)
         if entry:
             entries[param] = entry, rule
     return Loaded(loaded, entries, _clock(saved_groups, entries, clock))
@@ -148,7 +154,7 @@ def _check_plain(g: int, name: str, value: Any, known: bool) -> None:
         raise ValueError(f"the checkpoint's {name} of group {g} must be {wanted}, got {shown(value)}")
 
 
-def _entry(index: Any, entry: Any, param: Tensor, rule: Rule) -> dict[str, Any]:
+def _entry(index: Any, entry: Any, param: Tensor, rule: Rule, active_state: bool) -> dict[str, Any]:
     """One parameter's saved state, with torch's ways filled in. Empty: it never had a step."""
     _check_type(f"state of parameter {index!r}", entry, Mapping)
     entry = {name: value for name, value in entry.items() if value is not None}
@@ -161,12 +167,22 @@ def _entry(index: Any, entry: Any, param: Tensor, rule: Rule) -> dict[str, Any]:
     if not entry:
         return {}
     expected = {"step", *rule.states}
+    if compact.is_compact(entry):
+        if not active_state:
+            raise ValueError(
+                f"the checkpoint's state of parameter {index!r} is of an optimizer with active_state=True, which has "
+                "moments for active elements only: construct this one with active_state=True, got False"
+            )
+        expected.add(compact.ACTIVE)
     for problem, names in (("lacks", expected - set(entry)), ("has an extra", set(entry) - expected)):
         if names:
             raise ValueError(
                 f"the checkpoint's state of parameter {index!r} {problem} entry {sorted(map(str, names))[0]!r}; "
                 f"under {rule} it must have {', '.join(sorted(expected))}"
             )
+    if compact.is_compact(entry):
+        compact.check_saved(lambda name: f"the checkpoint's {name} of parameter {index!r}", entry, param, rule)
+        return entry
     state.check_step(f"the checkpoint's step of parameter {index!r}", entry["step"])
     for name in rule.states:
         state.check_tensor(f"the checkpoint's {name} of parameter {index!r}", entry[name], param)
@@ -188,7 +204,7 @@ def _clock(
         if merged["steps_per_epoch"] is None:
             merged["steps_per_epoch"] = clock.steps_per_epoch
         return Clock.from_state(merged)
-    steps = [int(torch.as_tensor(entry["step"])) for entry, _ in entries.values()]
+    steps = [int(step) for entry, _ in entries.values() for step in torch.as_tensor(entry["step"]).reshape(-1)]
     draw = max(steps, default=0)
     check_int("the checkpoint's largest step, which stands in for the draw,", draw, 0, mask_stream.WORD)
     return Clock.from_state({**clock.state(), "draw": draw})

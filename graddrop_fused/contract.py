@@ -116,12 +116,52 @@ class Shard:
 
     def elements(self, start: int, stop: int, device: torch.device | str | None = None) -> Tensor:
         """Global indices (int64, 1-D) of the local elements start..stop-1 in local row-major order."""
-        local = torch.arange(start, stop, device=device)
+        return self.at(torch.arange(start, stop, device=device))
+
+    def at(self, local: Tensor) -> Tensor:
+        """Global indices of local ones (int64)."""
         index = torch.full_like(local, self.offset)
         for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             index += (local % max(size, 1)) * stride
-            local //= max(size, 1)
+            local = local // max(size, 1)
         return index
+
+
+@dataclass(frozen=True, eq=False)
+class Scattered(Shard):
+    """Elements taken out of a parameter one by one, by their global indices."""
+
+    indices: Tensor = field(kw_only=True)
+
+    def at(self, local: Tensor) -> Tensor:
+        return self.indices[local]
+
+
+def elements(starts: Tensor, lengths: Tensor) -> Tensor:
+    """All elements of some runs, int64."""
+    run = torch.repeat_interleave(lengths)
+    return (starts - (lengths.cumsum(0) - lengths))[run] + torch.arange(len(run), device=lengths.device)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What a call visits in place of whole tensors: each row of its tables is a run of consecutive elements.
+
+    They are consecutive in their tensor's row-major order (compiled backends take it for the order of memory) and in
+    the whole parameter. State holds the elements of runs only, packed close. All columns are int64 of shape (runs,) on
+    the host, in ascending order of tensors and of starts.
+    """
+
+    tensors: Tensor  # which of the batch's tensors
+    starts: Tensor  # first element, in the local tensor
+    lengths: Tensor
+    offsets: Tensor  # global index of the first element
+    state_starts: Tensor  # where it lies in the tensor's state
+
+    def of_tensor(self, i: int) -> slice:
+        """The rows of tensor i."""
+        first, last = torch.searchsorted(self.tensors, torch.tensor([i, i + 1], device="cpu")).tolist()
+        return slice(first, last)
 
 
 @dataclass
@@ -129,15 +169,15 @@ class Batch:
     """All tensors of one backend call. Lists run parallel; tensors are local (never DTensors) and on one device. No two
     elements of a parameter share memory.
 
-    ``grads[i]`` None is a gradient of zeros. State has its parameter's strides. Under the rule "mask", which writes the
-    masked gradient itself, ``params`` is the list ``grads``.
+    ``grads[i]`` None is a gradient of zeros. State has its parameter's strides, or with ``runs`` is as they say. Under
+    the rule "mask", which writes the masked gradient itself, ``params`` is the list ``grads``.
 
     ``block_factors[i]`` (blocks, MAX_FACTORS), in the arithmetic's dtype, stands in for the rule's factors in ``reals``
     where tensor i has Mask.BLOCK and Effect.FREEZE. Its row b is that of the whole parameter's block
     ``shards[i].offset // Integer.BLOCK + b``, and up to date where that is kept.
 
-    A backend keeps what it derives from the tensors in
-    ``cache``; whoever replaces any tensor but a gradient makes a new Batch.
+    A backend keeps what it derives from the tensors in ``cache``; whoever replaces any tensor but a gradient makes a
+    new Batch.
     """
 
     params: list[Tensor]
@@ -148,6 +188,7 @@ class Batch:
     states: list[list[Tensor]] = field(default_factory=list)  # states[k][i]: the rule's k-th state of tensor i
     packed: list[Tensor | None] = field(default_factory=list)  # int32 words; None: not needed
     block_factors: list[Tensor | None] = field(default_factory=list)  # None, or an empty list: those in `reals`
+    runs: Runs | None = None  # None: a row of the tables is a whole tensor
     pairs: frozenset[tuple[Mask, Effect]] | None = None  # that may occur; None: those in `integers` (on the host)
     rounding: Tensor | None = None  # (tensors, 2), int64, where `integers` is: bfloat16 stochastically
     done: int = 0  # tensors that a launch has updated, the first ones; all of them, unless it was broken off

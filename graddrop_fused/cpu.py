@@ -85,7 +85,7 @@ def _tables(batch: Batch) -> tuple[Tensor, int]:
     cached = batch.cache.get("cpu")
     if cached is None:
         cached = batch.cache["cpu"] = [LayoutTable(batch), _dtypes(batch)]
-    elif cached[0].refresh(batch):
+    if cached[0].refresh(batch):
         cached[1] = _dtypes(batch)
     return cached[0].table, cached[1]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .contract import MAX_DIMS, MAX_STATES, Batch, Layout, Shard
+from .contract import MAX_DIMS, MAX_STATES, Batch, Layout, Runs, Shard
 
 
 def collapse(shard: Shard, *memory_strides: Sequence[int]) -> tuple[list[int], ...]:
@@ -67,10 +67,34 @@ def layout_row(batch: Batch, i: int) -> list[int]:
     ]
 
 
+def _run_rows(batch: Batch, runs: Runs) -> Tensor:
+    """The rows of a batch's runs, gradients left out."""
+    table = torch.zeros(len(runs.tensors), Layout.columns(), dtype=torch.int64, device="cpu")
+    table[:, Layout.PARAM] = _addresses(batch.params, runs.tensors, runs.starts)
+    for k, tensors in enumerate(batch.states):
+        table[:, Layout.STATE + k] = _addresses(tensors, runs.tensors, runs.state_starts)
+    table[:, [Layout.NUMEL, Layout.SIZE]] = runs.lengths[:, None]
+    table[:, Layout.OFFSET] = runs.offsets
+    table[:, [Layout.NDIM, Layout.PARAM_STRIDE, Layout.GRAD_STRIDE, Layout.GLOBAL_STRIDE]] = 1
+    return table
+
+
+def _addresses(tensors: Sequence[Tensor | None], which: Tensor, starts: Tensor) -> Tensor:
+    """Of element ``starts`` of each of ``tensors[which]``; 0 for one that is absent. All have one dtype."""
+    first = torch.tensor([0 if t is None else t.data_ptr() for t in tensors], dtype=torch.int64, device="cpu")[which]
+    size = next((t.element_size() for t in tensors if t is not None), 0)
+    return torch.where(first == 0, 0, first + starts * size)
+
+
 class LayoutTable:
     """A batch's layout table on the host, kept up to date with the gradients, which may move between two calls."""
 
     def __init__(self, batch: Batch):
+        if batch.runs is not None:
+            self.table = _run_rows(batch, batch.runs)
+            self._pointers: list[int] = []  # so that the first refresh describes the gradients
+            self._contiguous = True
+            return
         rows = [layout_row(batch, i) for i in range(len(batch.shards))]
         self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, Layout.columns())
         # Of the gradients that the rows describe. Where there is none, the row has its parameter's strides.
@@ -85,6 +109,9 @@ class LayoutTable:
         pointers = [0 if g is None else g.data_ptr() for g in batch.grads]
         if batch.grads and pointers != self._pointers:
             self._pointers, changed = pointers, True
+            if batch.runs is not None:
+                self.table[:, Layout.GRAD] = _addresses(batch.grads, batch.runs.tensors, batch.runs.starts)
+                return True
             column = torch.frombuffer(array("q", pointers), dtype=torch.int64)
             self.table[:, Layout.GRAD] = column
             if batch.params is batch.grads:

@@ -17,7 +17,8 @@ class GradDropLion(MaskedOptimizer):
 
     Args:
         lr: float or a tensor of one element. betas: of the direction and of the momentum. weight_decay: decoupled.
-        maximize, capturable, drop, seed, steps_per_epoch, effect, state_dtype, rounding, backend: as in GradDropAdamW.
+        maximize, capturable, drop, seed, steps_per_epoch, effect, state_dtype, rounding, backend, active_state: as in
+        GradDropAdamW.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -44,6 +45,7 @@ class GradDropLion(MaskedOptimizer):
         state_dtype: torch.dtype | None = None,
         rounding: str = "nearest",
         backend: str = "auto",
+        active_state: bool = False,
     ):
         super().__init__(
             params,
@@ -56,4 +58,5 @@ class GradDropLion(MaskedOptimizer):
             state_dtype=state_dtype,
             rounding=rounding,
             backend=backend,
+            active_state=active_state,
         )

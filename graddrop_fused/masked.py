@@ -7,20 +7,23 @@ one backend call per bucket of tensors, count.
 import _signal
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import checkpoint, dispatch, preview, state, validate
+from . import checkpoint, compact, dispatch, preview, state, validate
 from .buckets import Plan, UpdateBucket, make_buckets
+from .checks import check_bool
 from .clock import Clock
+from .contract import Mask
 from .cuda_graph import check_not_capturing
 from .fakes import check_no_fake_mode, is_fake
-from .groups import Layers, members, policy_of, rounds_stochastically
+from .groups import Layers, Member, members, policy_of, rounds_stochastically
 from .numbers import DeviceNumbers, HostNumbers, StepNumbers
-from .policies import Policy
+from .policies import Policy, Row
 from .rules import Rule
 from .tables import group_step
 
@@ -46,11 +49,15 @@ class MaskedOptimizer(Optimizer):
         state_dtype: torch.dtype | None,
         rounding: str,
         backend: str,
+        active_state: bool = False,
     ):
         dispatch.check_name(backend)
+        check_bool("active_state", active_state)
         validate.state_dtype(state_dtype)
         self.backend = backend
         self.state_dtype = state_dtype
+        self.active_state = active_state
+        self._asked: tuple[tuple, HostNumbers] | None = None  # groups' numbers for the key of active states
         self._clock = Clock(seed, steps_per_epoch)
         self._plan: Plan | None = None
         self._device_numbers: dict[torch.device, DeviceNumbers] = {}
@@ -262,6 +269,7 @@ class MaskedOptimizer(Optimizer):
             return plan
         check_not_capturing()
         if plan is not None and plan.key != key:
+            plan.let_go()
             self._clear()  # device tables hold the groups' schedules
         plan = self._make_plan(key, params, grads, state_of_params, switched_off)
         if not plan.fits(key, params, grads, state_of_params(), switched_off):
@@ -269,10 +277,27 @@ class MaskedOptimizer(Optimizer):
         return plan
 
     def _plan_key(self) -> tuple:
-        return tuple(
+        key = tuple(
             (g["drop"], g["effect"], g.get("rounding"), g.get("layer"), g["capturable"], self.rule_class.of(g))
             for g in self.param_groups
         )
+        if not self.active_state:
+            return key
+        rows = self._coming_rows(key)
+        return key, self.seed, tuple((r, word if r.mask in (Mask.BLOCK, Mask.ELEMENT) else 0) for r, word in rows)
+
+    def _coming_rows(self, key: tuple) -> list[tuple[Row, int]]:
+        """The groups' rows in the coming step, which say what state there must be. ``key``: what they are made from."""
+        if self._asked is None or self._asked[0] != key:
+            for group in self.param_groups:
+                self._check_group(group)
+            self._asked = key, HostNumbers(self.param_groups, Layers.of(self.param_groups))
+        return self._asked[1].at(self._clock, self._clock.next_draw())
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        validate.group_options(group, self.rule_class)
+        if self.active_state:
+            compact.check_group(group)
 
     def _make_plan(
         self,
@@ -286,33 +311,30 @@ class MaskedOptimizer(Optimizer):
         planned = set(map(id, params))
         every = [member for member in members(groups) if id(member.param) in planned]
         for group in groups:
-            validate.group_options(group, self.rule_class)
+            self._check_group(group)
             self._clock.check_epoch_known(policy_of(group))
         validate.all_groups(groups)
         rules = [self.rule_class.of(group) for group in groups]
+        check_state = compact.check_state if self.active_state else state.check
         wanted = []
         for i, (member, grad) in enumerate(zip(every, grads, strict=True)):
             entry = self.state.get(member.param, {})
             if grad is not None or entry or id(member.param) in switched_off:
                 validate.param(member.called, member.param)
                 validate.gradient(member, grad)
-                state.check(member.called, entry, member.param, rules[member.group])
+                check_state(member.called, entry, member.param, rules[member.group])
                 wanted.append(i)
         validate.no_shared_memory([every[i] for i in wanted])
         dtypes = [param.dtype if grad is None else grad.dtype for param, grad in zip(params, grads, strict=True)]
-        buckets = make_buckets(
-            groups,
-            every,
-            wanted,
-            lambda i: (
-                rules[every[i].group],
-                dtypes[i],
-                (state.dtype_of(params[i], self.state_dtype), rounds_stochastically(groups[every[i].group])),
-            ),
-            lambda p: dispatch.choose_for(self.backend, p),
-            UpdateBucket,
-            on_device=self._capturable(),
-        )
+
+        def key_of(i: int) -> tuple[Rule, torch.dtype, tuple]:
+            kinds = state.dtype_of(params[i], self.state_dtype), rounds_stochastically(groups[every[i].group])
+            return rules[every[i].group], dtypes[i], kinds
+
+        ordinary, packed = self._turn_over(key, every, wanted, rules)
+        make = partial(make_buckets, groups, every)
+        choose = partial(dispatch.choose_for, self.backend)
+        buckets = make(ordinary, key_of, choose, UpdateBucket, on_device=self._capturable())
         missing = [
             state.missing(
                 b.members,
@@ -325,12 +347,49 @@ class MaskedOptimizer(Optimizer):
         ]
         for bucket, entries in zip(buckets, missing, strict=True):
             bucket.give_state(state.adopt(bucket.members, self.state, entries, [kind.blocks for kind in bucket.kinds]))
+        for bucket in make(packed, key_of, partial(compact.choose, self.backend), compact.CompactBucket):
+            bucket.give_state([self.state[p] for p in bucket.params])
+            buckets.append(bucket)
+        for bucket in buckets:
             if rounds_stochastically(groups[bucket.members[0].group]):
                 bucket.round_stochastically()
         stateless = sorted(set(range(len(params))).difference(wanted))
         layers = Layers.of(groups)
         numbers = HostNumbers(groups, layers)
         return Plan(key, params, list(state_of_params().values()), layers, numbers, buckets, stateless)
+
+    def _turn_over(
+        self, key: tuple, every: list[Member], positions: list[int], rules: list[Rule]
+    ) -> tuple[list[int], list[int]]:
+        """Bring the state of the parameters at ``positions`` to the coming step's masks, with active_state.
+
+        Returns the positions of those with ordinary state and of those with compact state; others are frozen.
+        """
+        if not self.active_state:
+            return positions, []
+        groups, rows = self.param_groups, self._coming_rows(key[0])
+        for i in positions:
+            if compact.has_blocks(groups[every[i].group]):
+                compact.choose(self.backend, every[i].param)  # raises before anything changes
+        ordinary, packed = [], []
+        for i in positions:
+            member = every[i]
+            dtype = state.dtype_of(member.param, self.state_dtype)
+            row, rule = rows[member.group], rules[member.group]
+            compact.turn_over(member, groups[member.group], self.state, *row, rule, dtype, self.seed)
+            entry = self.state.get(member.param, {})
+            if compact.is_compact(entry):
+                packed += [i] if len(entry[compact.ACTIVE]) else []
+            elif row[0].mask != Mask.DROP and not compact.has_blocks(groups[member.group]):
+                ordinary.append(i)
+        return ordinary, packed
+
+    def _turn_over_idle(self, key: tuple, params: list[Tensor]) -> None:
+        """The same for parameters that the step does not update: frozen ones lose what state they have."""
+        rules = [self.rule_class.of(group) for group in self.param_groups]
+        idle = {id(p) for p in params if p in self.state}
+        every = [member for member in members(self.param_groups) if id(member.param) in idle]
+        self._turn_over(key, every, list(range(len(every))), rules)
 
     def _clear(self) -> None:
         """Drop what is derived from groups and tensors; the next step plans anew."""
@@ -346,6 +405,8 @@ class MaskedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, with ``drop``, ``effect`` and ``layer`` in the group. Raises before anything changes."""
         checked = validate.new_group(param_group, self.defaults, self.param_groups, self.rule_class)
+        if self.active_state:
+            compact.check_group({**self.defaults, **checked})
         super().add_param_group(checked)
         self._clear()
         self._show_clock()
@@ -381,7 +442,8 @@ class MaskedOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._clock.draw = self.draw
-        packed = checkpoint.pack(self.param_groups, self.state, self._clock)
+        entries = compact.saved(self.state, self._clock.draw) if self.active_state else self.state
+        packed = checkpoint.pack(self.param_groups, entries, self._clock)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, packed)
             packed = packed if replaced is None else replaced
@@ -403,9 +465,9 @@ class MaskedOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else dict(replaced)
-        loaded = checkpoint.check(state_dict, self.param_groups, self._clock, self.rule_class)
+        loaded = checkpoint.check(state_dict, self.param_groups, self._clock, self.rule_class, self.active_state)
         entries = {
-            param: state.restored(param, entry, rule, state.dtype_of(param, self.state_dtype))
+            param: compact.restored(param, entry, rule, state.dtype_of(param, self.state_dtype))
             for param, (entry, rule) in loaded.entries.items()
         }
         self._clear()
@@ -422,12 +484,14 @@ class MaskedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._clock.draw = self.draw
-        mine = ("backend", "state_dtype", "_clock")
+        mine = ("backend", "state_dtype", "active_state", "_clock")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in mine}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_switched_off", set())
+        self.__dict__.setdefault("active_state", False)
+        self._asked = None
         self._device_numbers = {}
         self._plan = None
         self._inside_backward = None

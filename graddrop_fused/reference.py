@@ -5,12 +5,13 @@ rules.py. Runs on any device, for any dense tensor.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import mask_stream
-from .contract import Batch, Effect, Integer, Mask, Real, Rounding
+from .contract import Batch, Effect, Integer, Mask, Real, Rounding, Runs, Scattered, elements
 from .mask_stream import Purpose
 from .rules import Rule
 
@@ -43,10 +44,42 @@ def prepare(
 
     def launch() -> None:
         for i in range(len(batch.params)):
-            _update(batch, rule, i, seed, inv_grad_scale)
+            if batch.runs is None:
+                _update(batch, rule, i, seed, inv_grad_scale)
+            else:
+                _update_runs(batch, batch.runs, rule, i, seed, inv_grad_scale)
             batch.done = i + 1
 
     return launch
+
+
+def _update_runs(batch: Batch, runs: Runs, rule: Rule, i: int, seed: int, inv_grad_scale: float) -> None:
+    """Tensor i's runs as if they were tensors: those of equal numbers are taken out together, updated and put back."""
+    param, grad, states = batch.params[i], batch.grads[i], [state[i] for state in batch.states]
+    rows, contiguous = runs.of_tensor(i), param.is_contiguous()
+    param = param.view(-1) if contiguous else param
+    _, alike = torch.cat([batch.integers[rows].double(), batch.reals[rows]], 1).unique(dim=0, return_inverse=True)
+    writes = []
+    for kind in range(int(alike.max()) + 1 if len(alike) else 0):
+        these = (alike == kind).nonzero().reshape(-1) + rows.start
+        lengths = runs.lengths[these]
+        places = elements(runs.starts[these], lengths).to(param.device)
+        at = places if contiguous else torch.unravel_index(places, param.shape)
+        in_state = elements(runs.state_starts[these], lengths).to(param.device)
+        part = Batch(
+            params=[param[at]],
+            shards=[Scattered((len(places),), (1,), indices=batch.shards[i].at(places))],
+            integers=batch.integers[these[:1]],
+            reals=batch.reals[these[:1]],
+            grads=[None if grad is None else grad.reshape(-1)[places]],
+            states=[[state[in_state]] for state in states],
+            rounding=None if batch.rounding is None else batch.rounding[these[:1]],
+        )
+        _update(part, rule, 0, seed, inv_grad_scale)
+        writes.append((param, at, part.params[0]))
+        writes += [(state, in_state, new) for state, (new,) in zip(states, part.states, strict=True)]
+    for tensor, at, value in writes:  # only now, since memory may run out before
+        tensor[at] = value
 
 
 def _update(batch: Batch, rule: Rule, i: int, seed: int, inv_grad_scale: float) -> None:
@@ -115,7 +148,11 @@ def _factors(batch: Batch, rule: Rule, i: int, dtype: torch.dtype) -> list:
     if table is None or mask != Mask.BLOCK or effect != Effect.FREEZE:
         return batch.reals[i, Real.FACTOR : Real.FACTOR + count].tolist()
     first = batch.shards[i].offset // block
-    return [_by_chunks(batch, i, dtype, lambda e, k=k: table[e // block - first, k]) for k in range(count)]
+
+    def of(k: int) -> Callable[[Tensor], Tensor]:
+        return lambda elements: table[elements // block - first, k]
+
+    return [_by_chunks(batch, i, dtype, of(k)) for k in range(count)]
 
 
 def _noise(batch: Batch, i: int, seed: int, dtype: torch.dtype) -> Tensor | float:
@@ -133,7 +170,7 @@ def _rounded(batch: Batch, i: int, seed: int, value: Tensor, dtype: torch.dtype,
     if batch.rounding is None or dtype != torch.bfloat16:
         return value.to(dtype)
     draw, stream_id = (int(batch.rounding[i, column]) for column in Rounding)
-    at = {"seed": seed, "draw": draw, "stream_id": stream_id, "purpose": purpose}
+    at: dict[str, Any] = {"seed": seed, "draw": draw, "stream_id": stream_id, "purpose": purpose}
     random = _by_chunks(batch, i, torch.int32, lambda e: mask_stream.element_random(e, **at))
     return mask_stream.round_stochastically(value, random)
 

@@ -62,6 +62,7 @@ class _Part:
     params: list[Tensor]
     expected: set[int]  # ids of those whose gradients it waits for: in the last step they came
     plan: Plan | None = None
+    turned: bool = False  # without a plan: its state is that of the masks of now
     came: set[int] = field(default_factory=set)  # ids of those that have a gradient in this step
 
 
@@ -224,6 +225,9 @@ class ReleasedGradients:
         for part in list(self._parts):
             off = {id(p) for p in part.params if id(p) in optimizer._switched_off} - self.updated
             self._update(part, {id(p) for p in part.params if p.grad is not None}, off)
+            if part.plan is None and not part.turned:
+                optimizer._turn_over_idle(self._key, part.params)
+                part.turned = True
         numbers = HostNumbers(optimizer.param_groups, Layers.of(optimizer.param_groups))
         optimizer._count(self._numbers(numbers))
         self._begun, self._coming = False, None

@@ -18,7 +18,8 @@ class GradDropSGD(MaskedOptimizer):
 
     Args:
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
-        capturable, drop, seed, steps_per_epoch, effect, state_dtype, rounding, backend: as in GradDropAdamW.
+        capturable, drop, seed, steps_per_epoch, effect, state_dtype, rounding, backend, active_state: as in
+        GradDropAdamW.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -49,6 +50,7 @@ class GradDropSGD(MaskedOptimizer):
         state_dtype: torch.dtype | None = None,
         rounding: str = "nearest",
         backend: str = "auto",
+        active_state: bool = False,
     ):
         super().__init__(
             params,
@@ -71,4 +73,5 @@ class GradDropSGD(MaskedOptimizer):
             state_dtype=state_dtype,
             rounding=rounding,
             backend=backend,
+            active_state=active_state,
         )

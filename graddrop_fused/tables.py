@@ -72,8 +72,15 @@ def runs(indices: Sequence[int]) -> list[slice]:
 class HostTables:
     """Fills a batch's tables on the host. Rows that tensors share are made once."""
 
-    def __init__(self, batch: Batch, rule: Rule, kinds: Sequence[Kind], stream_ids: Sequence[int]):
-        self.batch, self.rule = batch, rule
+    def __init__(
+        self,
+        batch: Batch,
+        rule: Rule,
+        kinds: Sequence[Kind],
+        stream_ids: Sequence[int],
+        spread: Tensor | None = None,  # (rows,), int64: rows that several runs share; `stream_ids` are then the rows'
+    ):
+        self.batch, self.rule, self.spread = batch, rule, spread
         self.kinds = list(dict.fromkeys(kinds))
         number = {kind: k for k, kind in enumerate(self.kinds)}
         self.kind_of = [number[kind] for kind in kinds]
@@ -93,6 +100,8 @@ class HostTables:
             numbers = [distinct.setdefault(key, len(distinct)) for key in keys]
             rows = [(self.kinds[kind], count, is_alone) for kind, count, is_alone in distinct]
             index = torch.tensor(numbers, dtype=torch.int64, device=HOST)
+        if self.spread is not None:
+            index = index[self.spread]
         # frombuffer on an array: torch.tensor takes five times as long, more than the rest of a small step
         integers = array("q")
         reals = array("d")

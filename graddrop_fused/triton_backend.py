@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import Batch, Effect, Integer, Mask
+from .contract import Batch, Effect, Integer, Layout, Mask
 from .cuda_graph import capturing, check_not_capturing, to_device
 from .device_rows import DeviceRow, device_rows, indexing
 from .layout import LayoutTable
@@ -242,8 +242,8 @@ class _Tables:
 
     def __init__(self, batch: Batch, device: torch.device, in_memory_order: bool):
         self.device, self.in_memory_order = device, in_memory_order
-        self.chunks = chunk_table([shard.numel for shard in batch.shards]).to(device)
         self.host = LayoutTable(batch)
+        self.chunks = chunk_table(self.host.table[:, Layout.NUMEL]).to(device)
         self.rows = device_rows(self.host.table, in_memory_order)  # on the host, as `host` was when `described`
         self.described = self.host.table.clone()
         self.indexing = indexing(self.rows)
@@ -294,9 +294,9 @@ class _Tables:
         return layout.copy_(host, non_blocking=True)
 
 
-def chunk_table(numels: Sequence[int]) -> Tensor:
+def chunk_table(numels: Sequence[int] | Tensor) -> Tensor:
     """(programs, 2), int64: the tensor and the first element of each program's chunk."""
-    counts = torch.tensor([-(-numel // CHUNK) for numel in numels])
+    counts = -(-torch.as_tensor(numels, dtype=torch.int64) // CHUNK)
     tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
     start = (torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]) * CHUNK
     return torch.stack([tensor, start], 1)

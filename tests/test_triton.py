@@ -17,7 +17,7 @@ import pytest
 import torch
 from passes import several_passes
 
-from graddrop_fused import triton_backend
+from graddrop_fused import GradDropAdamW, GradDropEpoch, triton_backend
 from graddrop_fused.contract import Layout
 from graddrop_fused.device_rows import DeviceRow, device_rows, indexing
 from graddrop_fused.layout import LayoutTable
@@ -187,6 +187,33 @@ def test_one_launch_for_all_tensors(small_passes, monkeypatch):
     assert launches == [(1 + 1 + 1 + 1 + 3,)] * 3  # chunks of 1024 of the tensors that are not empty
     triton_backend.pack(batch, seed=1)
     assert len(launches) == 4
+
+
+@interpreted
+@pytest.mark.parametrize("drop", [GradDropEpoch(0.6, block="row"), GradDropEpoch(0.5, block=128, toggle=True)], ids=str)
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, "nearest"), (torch.bfloat16, "stochastic")], ids=str)
+def test_active_runs(small_passes, drop, dtype, rounding):
+    """Rows of the tables that are runs, with state packed close: parameters and state of some epochs."""
+    options = {"lr": 1e-2, "drop": drop, "effect": "freeze", "seed": 3, "steps_per_epoch": 2, "rounding": rounding}
+    sides = []
+    for backend in ("triton", "reference"):
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"a": (17, 128), "b": (9, 300), "c": (33,), "d": (1, 1), "e": (5, 7, 3), "f": (0, 2)}
+        params = {n: torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for n, s in shapes.items()}
+        opt = GradDropAdamW(params.items(), backend=backend, active_state=True, **options)
+        for step in range(5):
+            for name, p in params.items():
+                absent = (name, step) == ("b", 3)
+                grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(dtype)
+                p.grad = None if absent else grad
+            opt.step()
+        sides.append([t for p in params.values() for t in (p.detach(), *opt.state.get(p, {}).values())])
+    assert len(sides[0]) == len(sides[1]) > len(shapes)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-9}
+    for ours, reference in zip(*sides, strict=True):
+        torch.testing.assert_close(ours, reference, **tolerance)
+        if dtype == torch.bfloat16:  # the same random numbers: but for sums on an edge, the same bits
+            assert (ours != reference).sum() <= 0.01 * ours.numel()
 
 
 def test_a_rule_without_a_kernel_is_refused():
