@@ -15,7 +15,7 @@ Every run has an equal model and equal data. Ours, with effect "freeze" and mask
     all, bfloat16     the same on bfloat16 parameters, with rounding="stochastic"
 
 Others: torch.optim.AdamW(fused=True), also on bfloat16 parameters and with a step inside backward for each parameter;
-torch.optim.Adafactor; LoRA of rank 8 on all linear layers (peft); BAdam (badam: one layer at a time); LISA as its paper
+torch.optim.Adafactor; LoRA of rank 16 on all linear layers (peft); BAdam (badam: one layer at a time); LISA as its paper
 has it, two layers at a time beside embeddings and head; GaLore and APOLLO of rank width / 4 (galore-torch,
 apollo-torch); 8-bit AdamW (bitsandbytes). What is not installed is said and left out: pip install -r
 benchmarks/requirements-peers.txt.
@@ -39,7 +39,8 @@ import torch
 from torch import nn
 
 from benchmarks import layer_skipping
-from benchmarks.harness import Timing, assert_close, machine, quartiles
+from benchmarks.crosslingual.methods import adapted
+from benchmarks.harness import Timing, assert_close, machine
 from graddrop_fused import (
     GradDrop,
     GradDropAdamW,
@@ -109,10 +110,7 @@ def _adafactor(model: nn.Module, p: float):
 
 
 def _lora(model: nn.Module, p: float):
-    import peft
-
-    config = peft.LoraConfig(r=8, target_modules="all-linear", modules_to_save=["classifier"], task_type="SEQ_CLS")
-    peft.get_peft_model(model, config)  # changes the model in place
+    adapted(model)  # in place
     return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=LR, fused=True)
 
 
@@ -288,7 +286,10 @@ def parameters(options: argparse.Namespace) -> int:
 
 
 def table(results: list[Result]) -> str:
-    lines = ["| p | run | peak memory, bytes a parameter | training step / AdamW | update / AdamW |", "|---|---|---|---|---|"]
+    lines = [
+        "| p | run | peak memory, bytes a parameter | training step / AdamW | update / AdamW |",
+        "|---|---|---|---|---|",
+    ]
     for r in results:
         peak = "" if r.bytes_per_parameter is None else f"{r.bytes_per_parameter:.1f}"
         times = ["" if t is None else "{:.2f} ({:.2f} to {:.2f})".format(*t) for t in (r.step, r.update)]

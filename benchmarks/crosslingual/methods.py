@@ -1,6 +1,7 @@
 """Methods: what the paper compares, by the paper's names, each as an optimizer over a model's layers."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,7 +120,9 @@ def adapted(model: nn.Module) -> nn.Module:
         modules_to_save=["classifier"],
         task_type="SEQ_CLS",
     )
-    return peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a name of transformers' that peft still reads
+        return peft.get_peft_model(model, config)
 
 
 def optimizer_classes(kind: str) -> tuple[type, type | None]:

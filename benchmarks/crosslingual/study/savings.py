@@ -41,8 +41,8 @@ def report(planned: Plan, done: dict[tuple, dict]) -> str:
     hours = sum(result["seconds"] for result in done.values()) / 3600
     state = (
         f"{len(found.seeds)} of {len(planned.seeds)} seeds, {len(done)} runs, {hours:.1f} core-hours; "
-        f"{'; '.join(sorted({result['machine'] for result in results}))}. Scores in per cent, differences in points with "
-        "intervals over seeds and sentences."
+        f"{'; '.join(sorted({result['machine'] for result in results}))}. Scores in per cent, differences in points "
+        "with intervals over seeds and sentences."
     )
     found_tables = [scores_table(found), family_table(family, "score"), rates_table(planned, done)]
     return "\n\n".join([state, *map(tables.markdown, found_tables)])
