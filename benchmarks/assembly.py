@@ -36,7 +36,7 @@ class PassShape:
 
     name: str
     elements: int  # of a thread and pass
-    stores: int | None = None  # of a thread and pass; None: the one with accesses of 16 bytes
+    stores: int | None = None  # of a thread and pass; None: the one with stores of 16 bytes
     counters: int = 0  # that a thread draws in a loop inside the pass, if it is one
 
 
@@ -125,9 +125,10 @@ def find_passes(machine, lines: list[str], shapes: list[PassShape]) -> dict[str,
     for start, end in outer_loops(machine, lines):
         loop = lines[start : end + 1]
         widths = Counter(machine.width(match.group()) for line in loop for match in re.finditer(machine.access, line))
-        stores = sum(bool(re.search(machine.store, line)) for line in loop)
+        stored = [machine.width(re.search(machine.access, x).group()) for x in loop if re.search(machine.store, x)]
+        stores = len(stored)
         for shape in shapes:
-            wide = 16 in widths and set(widths) == {16}
+            wide = set(stored) == {16}
             if shape.name not in found and (wide if shape.stores is None else not wide and shape.stores == stores):
                 weights = loop_weights(machine, loop, shape.counters)
                 pipes: Counter = Counter()

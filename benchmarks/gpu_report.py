@@ -74,6 +74,7 @@ class Variant:
     rule: str | None = "adamw"
     effect: str = "gradient"
     dims: int = 0  # of the strided tensors in the batch; 0: there are none
+    own: bool = False  # blocks have factors of their own counts of steps
     rounding: str = "nearest"
 
     @property
@@ -153,7 +154,7 @@ def compile_variant(variant: Variant, target: str):
         given |= triton_backend.rule_constants(rule) | triton_backend.dtype_constants(DTYPES[variant.dtypes])
         given |= {"grad_scale": None, "found_inf": None, "EFFECTS": EFFECTS[variant.effect]}
         given |= {"rounding": None} if variant.rounding == "nearest" else {}
-        given["OWN"] = rule.counts and (variant.mask, variant.effect) == ("block", "freeze")
+        given["OWN"] = variant.own
     types = {
         "chunks": "*i64",
         "layout": "*i64",

@@ -11,7 +11,7 @@ Four runs have equal models, data and dropped layers:
 
 They take turns at every step, and times are medians over the turns; ratios are taken within a turn, and stand with
 their quartiles. The frozen run's optimizer leaves dropped layers alone, where "gradient", the default effect, still
-moves them by momentum and decay; with --effect freeze both do the same. Peak memory is measured over three steps of a
+moves them by momentum and decay; with --effect freeze both do the same. Peak memory is measured over four steps of a
 run that has a process to itself: what the process grew by (on Linux), or what torch allocated on a GPU.
 """
 
@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--effect", default="gradient", choices=("gradient", "freeze"))
     p.add_argument("--layers", type=int, default=12)
     p.add_argument("--width", type=int, default=384)
+    p.add_argument("--vocab", type=int, default=1000, help="rows of the embedding; XLM-R's has 250002")
     p.add_argument("--batch", type=int, nargs=2, default=[16, 64], metavar=("SEQUENCES", "TOKENS"))
     p.add_argument("--steps", type=int, default=12)
     p.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS, help="default: all")
@@ -78,6 +79,18 @@ def print_memory(p: float, peaks: dict[str, int]) -> None:
     print(flush=True)
 
 
+def model(options: argparse.Namespace) -> hf.XLMRobertaForSequenceClassification:
+    config = hf.XLMRobertaConfig(
+        vocab_size=options.vocab,
+        hidden_size=options.width,
+        num_hidden_layers=options.layers,
+        num_attention_heads=12 if options.width % 12 == 0 else options.width // 32,
+        intermediate_size=4 * options.width,
+        max_position_embeddings=options.batch[1] + 2,
+    )
+    return hf.XLMRobertaForSequenceClassification(config)
+
+
 class Run:
     """One contestant: a model, an optimizer, and how its dropped layers are switched off."""
 
@@ -85,15 +98,7 @@ class Run:
         torch.manual_seed(0)
         self.device = options.device
         self.clock = time.process_time if options.cpu_time else time.perf_counter
-        config = hf.XLMRobertaConfig(
-            vocab_size=1000,
-            hidden_size=options.width,
-            num_hidden_layers=options.layers,
-            num_attention_heads=options.width // 32,
-            intermediate_size=4 * options.width,
-            max_position_embeddings=options.batch[1] + 2,
-        )
-        self.model = hf.XLMRobertaForSequenceClassification(config).to(self.device).train()
+        self.model = model(options).to(self.device).train()
         self.by_hand = False
         self.prepare(name, p, options)
         self.step(batch(0, options))  # makes the state of all layers, and shows which parameters get a gradient
@@ -165,7 +170,7 @@ def _peak(name: str, p: float, options: argparse.Namespace, run_class: type[Run]
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-    for step in range(1, 4):
+    for step in range(1, 5):
         run.step(batch(step, options))
     return torch.cuda.max_memory_allocated() if options.device.type == "cuda" else _resident("VmHWM") - before
 

@@ -7,7 +7,7 @@ of them.
 
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -59,6 +59,7 @@ class BlockSteps:
         for entry, view in zip(entries, self.views, strict=True):
             view.copy_(entry[NAME])
             entry[NAME] = view
+        self.room = [count * _WORD for count in words]
         where = batch.integers.device
         self.draws = Batch(
             params=[],
@@ -75,7 +76,7 @@ class BlockSteps:
         self, blocks: Sequence[int], block_sizes: Sequence[int], groups: Sequence[int], device: torch.device
     ) -> None:
         """The factors of the blocks that this rank has a part of, in the order of ``counts``."""
-        room = [len(words) * _WORD for words in self.draws.packed]
+        room = self.room
         here = [_here(self.batch.shards[i], size) for i, size in zip(self.tensors, block_sizes, strict=True)]
         lengths = room
         # where the count of each of the table's rows stands; None: at the row's own place
@@ -128,14 +129,14 @@ class BlockSteps:
             t, group_of = t.index_select(0, rows), group_of.index_select(0, rows)
         t = t.double().clamp_min(1.0)
         lr, *rest = numbers.t().index_select(1, group_of).unbind()
-        factors = torch.stack([factor.expand_as(t) for factor in self.rule.factors(lr, rest, 1.0, t)], 1)
+        factors = torch.stack([cast(Tensor, factor).expand_as(t) for factor in self.rule.factors(lr, rest, 1.0, t)], 1)
         factors = factors.to(self.table.dtype)
         here = self.table[:, : factors.shape[1]]
         here.copy_(factors) if rows is None else here.index_copy_(0, rows, factors)
 
     def commit(self, done: int) -> None:
         """Count the step for those of the batch's first ``done`` tensors that stand here."""
-        room = sum(len(words) * _WORD for i, words in zip(self.tensors, self.draws.packed, strict=True) if i < done)
+        room = sum(count for i, count in zip(self.tensors, self.room, strict=True) if i < done)
         self.counts[:room] = self.coming[:room]
 
 

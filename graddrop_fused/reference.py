@@ -5,6 +5,7 @@ rules.py. Runs on any device, for any dense tensor.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,7 +148,11 @@ def _factors(batch: Batch, rule: Rule, i: int, dtype: torch.dtype) -> list:
     if table is None or mask != Mask.BLOCK or effect != Effect.FREEZE:
         return batch.reals[i, Real.FACTOR : Real.FACTOR + count].tolist()
     first = batch.shards[i].offset // block
-    return [_by_chunks(batch, i, dtype, lambda e, k=k: table[e // block - first, k]) for k in range(count)]
+
+    def of(k: int) -> Callable[[Tensor], Tensor]:
+        return lambda elements: table[elements // block - first, k]
+
+    return [_by_chunks(batch, i, dtype, of(k)) for k in range(count)]
 
 
 def _noise(batch: Batch, i: int, seed: int, dtype: torch.dtype) -> Tensor | float:
@@ -165,7 +170,7 @@ def _rounded(batch: Batch, i: int, seed: int, value: Tensor, dtype: torch.dtype,
     if batch.rounding is None or dtype != torch.bfloat16:
         return value.to(dtype)
     draw, stream_id = (int(batch.rounding[i, column]) for column in Rounding)
-    at = {"seed": seed, "draw": draw, "stream_id": stream_id, "purpose": purpose}
+    at: dict[str, Any] = {"seed": seed, "draw": draw, "stream_id": stream_id, "purpose": purpose}
     random = _by_chunks(batch, i, torch.int32, lambda e: mask_stream.element_random(e, **at))
     return mask_stream.round_stochastically(value, random)
 

@@ -13,7 +13,7 @@ from scipy.stats import linregress
 
 from benchmarks.crosslingual import intents, reports, tables
 from benchmarks.crosslingual.study import __main__ as command
-from benchmarks.crosslingual.study import bootstrap, outcomes, plan, pool, report, runs
+from benchmarks.crosslingual.study import bootstrap, outcomes, plan, pool, report, runs, savings
 from benchmarks.crosslingual.task import Task, Text
 
 FULL = plan.Plan("m")
@@ -344,3 +344,22 @@ def test_reports_keep_what_people_wrote(tmp_path):
     assert path.read_text() == "# Design\n\ntext\n\n<!-- x -->\n\nnewer\n"
     with pytest.raises(ValueError, match="must have the lines '<begin>' and '<end>'"):
         reports.write_between(path, "<begin>", "<end>", "text")
+
+
+# What savings do to scores: docs/memory.md
+
+
+def test_savings_in_very_small(tiny, tmp_path, capsys, monkeypatch):
+    small = replace(
+        savings.plan(tiny.model), rates=(1e-3,), widenings=0, seeds=(0, 1), epochs=2, train=24, dev=1, test=2, draws=100,
+        autocast=False,
+    )  # fmt: skip
+    monkeypatch.setattr(savings, "plan", lambda: small)
+    page = tmp_path / "memory.md"
+    page.write_text(f"above\n\n{savings.BEGIN}\n{savings.END}\n\nbelow\n")
+    assert savings.main(["--out", str(tmp_path), "--processes", "1", "--report", str(page)]) == 0
+    assert len(pool.read(tmp_path / "savings.jsonl", small)) == 3 + 3 * 2
+    text = page.read_text()
+    assert text.startswith("above") and text.endswith("below\n") and "2 of 2 seeds, 9 runs" in text
+    assert "| all savings, p = 0.9 - fine-tuning | true | " in text and "| LoRA | 0.001 | " in text
+    assert text.split(savings.END)[0].split(savings.BEGIN)[1].strip() in capsys.readouterr().out

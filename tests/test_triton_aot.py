@@ -47,6 +47,16 @@ def test_no_variant_spills(variant):
     assert all(number <= bound for number, bound in zip(found, most, strict=True)), f"{found}, at most {most}"
 
 
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+def test_blocks_with_counts_of_their_own(dtypes):
+    report = gpu_report.examine(Variant("block", dtypes, effect="freeze", own=True), "sm_90")
+    assert (report.spills, report.stack) == (0, 0)
+    widths = report.passes["wide"].widths
+    assert set(widths) == {16, 4} and widths[4] == 6  # a factor at a time, of each tile's block
+    variant = Variant("block", dtypes, effect="freeze", own=True, dims=2)
+    assert "amdgcn" in gpu_report.compile_variant(variant, "gfx942").asm
+
+
 def test_launches_compile_as_they_are_made(monkeypatch):
     """The arguments of real launches, with all that Triton specialises on: one kernel, whatever their values are."""
     case = parity.Case("launches", (parity.Spec((1000,)), parity.Spec((33,))))

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ from graddrop_fused import (
 )
 
 P = 0.2  # drop probability per step or layer, where a method has a constant one
+LORA_RANK = 16  # about as much memory as SAVING takes at p = 0.9, on the embedded model
+SAVING = {"active_state": True}  # options of our optimizer
 CHILD = 0.3  # share of elements in the child network of Child-Tuning
 HEAD = "head"
 # Readings of the paper's theta beside those of param_groups ("attention": key, value and output projections). Its
@@ -48,6 +51,9 @@ class Method:
     by_layer: bool = False  # decides whole layers, so dropped layers can be skipped
     fisher: bool = False  # masks come from the Fisher information of the training data
     unfreezes: str | None = None  # gradual unfreezing with requires_grad, "top-down" or "bottom-up"
+    options: dict[str, Any] = field(default_factory=dict)  # of our optimizer
+    saves: bool = False  # gradients are released in backward, those of dropped rows never computed
+    adapters: bool = False  # LoRA on all linear layers; the head trains as a whole
 
     @property
     def masks(self) -> bool:
@@ -99,7 +105,21 @@ class Method:
             groups = [{**g, "drop": None} if g["layer"] == HEAD else g for g in groups]
         if effect or self.effect:
             groups = [{**g, "effect": effect or self.effect} for g in groups]
-        return masked(groups, lr=lr, seed=seed, backend=backend)
+        return masked(groups, lr=lr, seed=seed, backend=backend, **self.options)
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """``model`` with LoRA adapters in place of its own training, but for the head."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=LORA_RANK,
+        lora_alpha=2 * LORA_RANK,
+        target_modules="all-linear",
+        modules_to_save=["classifier"],
+        task_type="SEQ_CLS",
+    )
+    return peft.get_peft_model(model, config)
 
 
 def optimizer_classes(kind: str) -> tuple[type, type | None]:
@@ -168,6 +188,15 @@ METHODS = {
         Method("skip-update", lambda schedule, p: GradDrop(p), effect="update"),
         # SkipUpdate as its paper has it (arXiv 2602.15322): blocks, and half of them in every step
         Method("skip-update-blocks", lambda schedule, p: GradDrop(p, block=128), p=0.5, effect="update"),
+        Method(
+            "all-savings",
+            lambda schedule, p: GradDropEpoch(p, toggle=True, block="row"),
+            p=0.9,
+            effect="freeze",
+            options=SAVING,
+            saves=True,
+        ),
+        Method("lora", adapters=True),
         Method("unfreezing-top-down", unfreezes="top-down"),
         Method("unfreezing-bottom-up", unfreezes="bottom-up"),
     )

@@ -22,7 +22,7 @@ from graddrop_fused.trainer import GradDropCallback
 from . import models
 from .callbacks import MaskRecord, PredictionProgress, TrainingProgress, Unfreezing
 from .heads import HEADS
-from .methods import METHODS, Method, Schedule, count_layers, layers_per_epoch
+from .methods import METHODS, Method, Schedule, adapted, count_layers, layers_per_epoch
 from .task import Example, Task
 
 
@@ -85,6 +85,8 @@ def run(
     head_class = HEADS[task.head]
     model, tokenizer = models.load(settings.model, task, head_class.auto_model)
     models.check_length(model, tokenizer, settings.max_length)
+    if method.adapters:
+        model = adapted(model)
     head = head_class(tokenizer, task.labels, settings.max_length)
     train = head.features(task.train, training=True)
     with ExitStack() as stack:
@@ -174,7 +176,8 @@ def _callbacks(method: Method, optimizer, schedule: Schedule, settings: Settings
     if method.masks:
         # Clipping would see fewer gradients, and the replicas of several devices share no hooks
         skips = method.by_layer and not settings.clip and arguments.n_gpu <= 1
-        callbacks.append(GradDropCallback(skip_dropped_layers=skips))
+        savings = {"release_gradients": True, "skip_dropped_rows": True} if method.saves else {}
+        callbacks.append(GradDropCallback(skip_dropped_layers=skips, **savings))
     if method.unfreezes:
         per_epoch = layers_per_epoch(schedule)
         callbacks.append(Unfreezing(optimizer, method.unfreezes, per_epoch, settings.mask_head))

@@ -71,7 +71,7 @@ class Plan:
 
     model: str
     seeds: tuple[int, ...] = tuple(range(10))
-    tuning_seeds: tuple[int, int] = (1000, 1001)  # with true labels, with wrong ones
+    tuning_seeds: tuple[int, ...] = (1000, 1001)  # one for each of noises
     rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
     widenings: int = 2  # of the grid, each by a factor of two, where the best stands at an end
     epochs: int = 20
@@ -86,15 +86,12 @@ class Plan:
     best: int = 4  # masked methods that go on to multiemo
     autocast: bool = True
     task: str = "intents"
+    noises: tuple[float, ...] = (TRUE, WRONG)
 
     def settings(self) -> dict:
         """What a result must have been run with to belong to this plan."""
         return {"model": self.model, "epochs": self.epochs, "train": self.train, "dev": self.dev, "test": self.test,
                 "multiemo_test": self.multiemo_test, "autocast": self.autocast}  # fmt: skip
-
-    @property
-    def noises(self) -> tuple[float, float]:
-        return TRUE, WRONG
 
     def pending(self, done: dict[tuple, dict], parts: Iterable[str] = PARTS) -> Iterator[Run]:
         """The runs that are missing and can begin now, in the order of their doing."""

@@ -25,11 +25,11 @@ def write(plan: Plan, done: dict[tuple, dict], folder: Path, report: Path, choos
     families = {noise: found.comparisons() for noise, found in first.items()}
     parts = [f"`{command}`", _state(plan, done, first), "## First list"]
     for noise, found in first.items():
-        parts += [f"### {_named(noise)}", _table(_scores(found), folder, f"scores-{_slug(noise)}")]
+        parts += [f"### {_named(noise)}", _table(scores_table(found), folder, f"scores-{_slug(noise)}")]
     whole = [comparison for family in families.values() for comparison in family]
     for outcome in OUTCOMES:
         title = MASKED[outcome]
-        parts += [f"### {title[0].upper()}{title[1:]}", _table(_family(whole, outcome), folder, outcome)]
+        parts += [f"### {title[0].upper()}{title[1:]}", _table(family_table(whole, outcome), folder, outcome)]
         path = folder / f"{outcome}.png"
         plots.forest([*families.values()], outcome, title, path)
         parts.append(reports.link(path, report, title))
@@ -44,7 +44,7 @@ def write(plan: Plan, done: dict[tuple, dict], folder: Path, report: Path, choos
         parts += [reports.link(path, report, f"gain by language, {_named(noise)}"),
                   _table(_by_language(family), folder, f"languages-{_slug(noise)}")]  # fmt: skip
     parts += _exploratory(plan, done, folder)
-    parts += ["## Learning rates", _table(_rates(plan, done), folder, "rates")]
+    parts += ["## Learning rates", _table(rates_table(plan, done), folder, "rates")]
     reports.write_below(report, MARKER, parts, "# The study's results")
     if choosing is not None:
         reports.write_between(choosing, BEGIN, END, tables.markdown(_choosing(plan, families)))
@@ -88,7 +88,7 @@ def _state(plan: Plan, done: dict[tuple, dict], first: dict[float, Predictions])
     return text if complete >= wanted else f"**Incomplete: nothing is to be read from it.** {text}"
 
 
-def _scores(found: Predictions) -> tables.Rows:
+def scores_table(found: Predictions) -> tables.Rows:
     rows = [["method", "lr", "best epoch", "score", "std over seeds", "last epoch's score", "best - last"]]
     for method, runs in found.runs.items():
         best, last = found.scores(method), found.scores(method, "last")
@@ -101,7 +101,7 @@ def _scores(found: Predictions) -> tables.Rows:
     return rows
 
 
-def _family(family: list[Comparison], outcome: str) -> tables.Rows:
+def family_table(family: list[Comparison], outcome: str) -> tables.Rows:
     scores = outcome == "score"
     rows = [["difference", "labels", "points", "95 % interval", "p", "p (Holm)"]]
     rows[0] += ["std over seeds", "visible gain"] * scores
@@ -147,18 +147,18 @@ def _exploratory(plan: Plan, done: dict[tuple, dict], folder: Path) -> list[str]
         family = [found.compare(name, base) for name, base in names.items() if {name, base} <= found.runs.keys()]
         if family and found.seeds:
             parts += [f"## Effects, against the paper's (exploratory; {_named(WRONG)})",
-                      _table(_family(family, "score"), folder, "effects-score"),
-                      _table(_family(family, "stability"), folder, "effects-stability")]  # fmt: skip
+                      _table(family_table(family, "score"), folder, "effects-score"),
+                      _table(family_table(family, "stability"), folder, "effects-stability")]  # fmt: skip
     if any(key[0] == "multiemo" for key in done):
         found = _predictions(plan, done, "multiemo", TRUE)
         if BASELINE in found.runs and found.seeds:
             family = found.comparisons()
-            parts += ["## multiemo (exploratory)", _table(_scores(found), folder, "multiemo-scores"),
-                      _table(_family(family, "score"), folder, "multiemo-score")]  # fmt: skip
+            parts += ["## multiemo (exploratory)", _table(scores_table(found), folder, "multiemo-scores"),
+                      _table(family_table(family, "score"), folder, "multiemo-score")]  # fmt: skip
     return parts
 
 
-def _rates(plan: Plan, done: dict[tuple, dict]) -> tables.Rows:
+def rates_table(plan: Plan, done: dict[tuple, dict]) -> tables.Rows:
     """Dev scores of the search."""
     searched: dict[Arm, dict[float, float | None]] = {
         arm: plan.searched(arm, done)[1] for arm in (*plan.first, *plan.effects) if arm.name != CONTROL
