@@ -1,6 +1,8 @@
 """The Triton kernels compiled ahead of time, without a GPU: what the compilers' output must say."""
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -31,17 +33,19 @@ def test_element_masks_on_every_target(target):
     assert wide.instructions <= (38 if target.startswith("sm") else 51)
 
 
-BOUNDS = {}
+# {Triton: {variant: [registers, instructions per element of the wide, narrow and strided pass]}}, as measured on sm_90
+BOUNDS = json.loads((Path(__file__).parent / "helpers/triton_bounds.json").read_text())
 
 
 @pytest.mark.parametrize("variant", gpu_report.VARIANTS, ids=str)
 def test_no_variant_spills(variant):
     report = gpu_report.examine(variant, "sm_90")
     assert (report.spills, report.stack) == (0, 0)
-    assert set(report.passes["wide"].widths) == {16}
-    if VERSION not in BOUNDS:
-        pytest.skip(f"registers and instructions have bounds for Triton {', '.join(BOUNDS)}, not for {VERSION}")
-    most = BOUNDS[VERSION][str(variant)]
+    of_tables = {4, 8} if variant.mask == "block" else set()  # its blocks' own factors
+    assert 16 in report.passes["wide"].widths and set(report.passes["wide"].widths) <= {16} | of_tables
+    most = BOUNDS.get(VERSION, {}).get(str(variant))
+    if most is None:
+        pytest.skip(f"its registers and instructions were not measured with Triton {VERSION}")
     passes = [report.passes[name] for name in ("wide", "narrow", "strided") if name in report.passes]
     found = report.registers, *(round(p.instructions, 1) for p in passes)
     assert all(number <= bound for number, bound in zip(found, most, strict=True)), f"{found}, at most {most}"
