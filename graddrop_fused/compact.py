@@ -151,7 +151,9 @@ def _runs_in(entry: Entry, param: Tensor, shard: Shard, block: int) -> tuple[Ten
     of_blocks = entry.get(block_steps.NAME)
     places = shard.at(torch.arange(shard.numel, device=HOST)) // block if of_blocks is not None else no_runs()
     if of_blocks is not None and (not len(places) or int(places.max()) < len(of_blocks)):
-        return *runs_of(of_blocks.to(HOST)[places]), flat  # what never stepped has moments of zero
+        active, counts = runs_of(of_blocks.to(HOST)[places])  # what never stepped has moments of zero
+        stepped = elements(active[:, 0], active[:, 1]).to(local(param).device)
+        return active, counts, {name: t[stepped] for name, t in flat.items()}
     whole = torch.tensor([[0, shard.numel, 0]], dtype=torch.int64, device=HOST) if shard.numel else no_runs()
     return whole, torch.as_tensor(entry["step"], device=HOST).float().reshape(1), flat
 
