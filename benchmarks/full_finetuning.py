@@ -31,6 +31,8 @@ import argparse
 import importlib.util
 import json
 import random
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,7 @@ import torch
 from torch import nn
 
 from benchmarks import layer_skipping
+from benchmarks.crosslingual import reports
 from benchmarks.crosslingual.methods import adapted
 from benchmarks.harness import Timing, assert_close, machine
 from graddrop_fused import (
@@ -52,6 +55,7 @@ from graddrop_fused import (
 
 BASE = "AdamW"
 LR = 1e-5
+BEGIN, END = "<!-- what training steps take: begin -->", "<!-- what training steps take: end -->"
 EPOCH = 2  # steps between two changes of what is trained; long enough to hold, short enough that a peak shows it
 
 
@@ -338,6 +342,10 @@ def plots(results: list[Result], folder: Path) -> None:
     plt.close(figure)
 
 
+def _written(folder: Path | None) -> list[Path]:
+    return sorted(folder.glob("*.png")) if folder else []
+
+
 def parser() -> argparse.ArgumentParser:
     p = layer_skipping.parser()
     p.description = __doc__
@@ -345,6 +353,7 @@ def parser() -> argparse.ArgumentParser:
     next(action for action in p._actions if action.dest == "runs").choices = tuple(CONTESTANTS)
     p.add_argument("--memory-batch", type=int, nargs=2, default=[1, 8], metavar=("SEQUENCES", "TOKENS"))
     p.add_argument("--plots", type=Path, metavar="FOLDER", help="write memory-time.png and growth.png")
+    p.add_argument("--report", type=Path, metavar="FILE", help="Markdown file that takes tables and plots")
     p.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
     return p
 
@@ -357,14 +366,21 @@ def main(argv: list[str] | None = None) -> None:
         if not installed(name):
             print(f"{name}: {CONTESTANTS[name].package} is not installed")
     print(f"{machine()}, {parameters(options):,} parameters\n", flush=True)
-    results = []
+    results, tables = [], []
     for p in options.p:
-        results += measure(p, names, options)
-        print(table(results[-len(names) :]), "\n", flush=True)
+        found = measure(p, names, options)
+        results += found
+        tables.append(table(found))
+        print(tables[-1], "\n", flush=True)
     if options.out:
         options.out.write_text(json.dumps([vars(r) for r in results], indent=1) + "\n")
     if options.plots:
         plots(results, options.plots)
+    if options.report:
+        state = f"{machine()}, {parameters(options):,} parameters, {options.steps} steps. By"
+        command = f"`python -m benchmarks.full_finetuning {shlex.join(sys.argv[1:] if argv is None else argv)}`:"
+        pictures = [reports.link(path, options.report, path.stem) for path in _written(options.plots)]
+        reports.write_between(options.report, BEGIN, END, "\n\n".join([f"{state}\n{command}", *tables, *pictures]))
 
 
 if __name__ == "__main__":

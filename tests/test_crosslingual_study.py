@@ -351,8 +351,8 @@ def test_reports_keep_what_people_wrote(tmp_path):
 
 def test_savings_in_very_small(tiny, tmp_path, capsys, monkeypatch):
     small = replace(
-        savings.plan(tiny.model), rates=(1e-3,), widenings=0, seeds=(0, 1), epochs=2, train=24, dev=1, test=2, draws=100,
-        autocast=False,
+        savings.plan(tiny.model), rates=(1e-3,), widenings=0, seeds=(0, 1), epochs=2, train=24, dev=1, test=2,
+        draws=100, autocast=False,
     )  # fmt: skip
     monkeypatch.setattr(savings, "plan", lambda: small)
     page = tmp_path / "memory.md"
