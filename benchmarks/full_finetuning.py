@@ -15,8 +15,8 @@ Every run has an equal model and equal data. Ours, with effect "freeze" and mask
     all, bfloat16     the same on bfloat16 parameters, with rounding="stochastic"
 
 Others: torch.optim.AdamW(fused=True), also on bfloat16 parameters and with a step inside backward for each parameter;
-torch.optim.Adafactor; LoRA of rank 16 on all linear layers (peft); BAdam (badam: one layer at a time); LISA as its paper
-has it, two layers at a time beside embeddings and head; GaLore and APOLLO of rank width / 4 (galore-torch,
+torch.optim.Adafactor; LoRA of rank 16 on all linear layers (peft); BAdam (badam: one layer at a time); LISA as its
+paper has it, two layers at a time beside embeddings and head; GaLore and APOLLO of rank width / 4 (galore-torch,
 apollo-torch); 8-bit AdamW (bitsandbytes). What is not installed is said and left out: pip install -r
 benchmarks/requirements-peers.txt.
 
