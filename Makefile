@@ -18,6 +18,10 @@ test: export OMP_NUM_THREADS ?= 1
 test: $(READY)
 	$(RUN) pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
+# what an ordinary run takes samples of, as a whole
+test-all: export GRADDROP_ALL = 1
+test-all: test
+
 lint: .venv/tools
 	$(RUN) ruff check
 	$(RUN) ruff format --check
@@ -68,7 +72,7 @@ clean:
 	rm -rf .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: demo test lint bench gpu fuzz fuzz-hour torch-tests test-matrix wheel sanitize clean existing
+.PHONY: demo test test-all lint bench gpu fuzz fuzz-hour torch-tests test-matrix wheel sanitize clean existing
 .SECONDARY:
 
 # Debian packages: $(call install,PACKAGES) as root or by sudo, else it fails and says what to run

@@ -120,8 +120,9 @@ class GradDropCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         self._stop()
-        assert model is not None and optimizer is not None  # the Trainer gives them
+        assert optimizer is not None  # the Trainer gives it, and the model
         self._optimizer = unwrap(optimizer)
+        assert model is not None
         for option in ("skip_dropped_layers", "skip_dropped_rows"):
             if getattr(self, option):
                 _check_skipping(args, option)

@@ -64,7 +64,7 @@ def test_every_xglue_task_runs(name, xglue_folder, settings):
     assert json.loads(json.dumps(result)) == result
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", [name for name, method in methods.METHODS.items() if not method.adapters])
 def test_every_method_runs(name, xglue_folder, settings):
     task = xglue.load("nc", xglue_folder)
     p = 0.9 if name == "layer-graddrop" else None  # its own p would keep all three layers now and then

@@ -28,16 +28,22 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_under_the_interpreter starts")
 
 
+PARTS, SAMPLE = 6, 2  # the interpreter is slow: an ordinary run takes each third of its tests
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_under_the_interpreter():
+@pytest.mark.parametrize("part", range(PARTS))
+def test_under_the_interpreter(part):
+    if part >= SAMPLE and "GRADDROP_ALL" not in os.environ:
+        pytest.skip("runs with the others by make test-all")
     pytest.importorskip("triton", reason="triton is not installed: nothing to interpret")
     if reason := interpreter.broken():
         pytest.skip(reason)
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, ROUNDING],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", "GRADDROP_PART": f"{part}/{PARTS}"},
         capture_output=True,
         text=True,
         timeout=1700,

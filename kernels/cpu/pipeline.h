@@ -246,7 +246,9 @@ class Pipeline {
     const F p = V::load(param_ + i);
     F g = V::load(grad_ + i);
     if (SELECTS_GRADIENT) V::pin(g);
-    g = g * grad_factor_;
+    F factor = grad_factor_;
+    if constexpr (SELECTS_GRADIENT && VALUES > 0) V::pin(factor);  // which is in memory where registers are short
+    g = g * factor;
     if (SELECTS_GRADIENT) g = V::keep(kept, g);
     F old_state[MAX_STATES], state[MAX_STATES];
     for (int k = 0; k < Rule::STATES; ++k) old_state[k] = state[k] = V::load(state_[k] + i);
