@@ -1,6 +1,7 @@
 """A step that runs out of memory, wherever it does, leaves one step before, one step after, or says what it did.
 
-Allocations of a step, two dozen spread over all of them, fail one at a time. What the step left is compared with steps that nothing disturbed.
+Allocations of a step, two dozen spread over all of them, fail one at a time. What the step left is compared with steps
+that nothing disturbed.
 """
 
 import itertools
