@@ -2,6 +2,7 @@
 
     python -m benchmarks.full_finetuning                                    # 12 layers 384 wide, a small vocabulary
     python -m benchmarks.full_finetuning --width 768 --vocab 250002         # XLM-R Base
+    python -m benchmarks.full_finetuning --only time --epoch 100            # times without a change of epoch
     python -m benchmarks.full_finetuning --p 0.5 0.75 0.9 0.95 --runs AdamW all --plots docs/memory
 
 Every run has an equal model and equal data. Ours, with effect "freeze" and masks over rows:
@@ -56,21 +57,20 @@ from graddrop_fused import (
 BASE = "AdamW"
 LR = 1e-5
 BEGIN, END = "<!-- what training steps take: begin -->", "<!-- what training steps take: end -->"
-EPOCH = 2  # steps between two changes of what is trained; long enough to hold, short enough that a peak shows it
 
 
 # Ours
 
 
-def _masked(model: nn.Module, p: float, *, released: bool = False, rows: bool = False):
+def _masked(model: nn.Module, p: float, epoch: int, *, released: bool = False, rows: bool = False):
     groups = param_groups(model, drop=GradDrop(p=p, block="row"))
     return _saving(model, GradDropAdamW(groups, lr=LR, effect="freeze"), released, rows)
 
 
-def _active(model: nn.Module, p: float, *, savings: bool, rounding: str = "nearest"):
+def _active(model: nn.Module, p: float, epoch: int, *, savings: bool, rounding: str = "nearest"):
     groups = param_groups(model, drop=GradDropEpoch(p=p, toggle=True, block="row"))
     optimizer = GradDropAdamW(
-        groups, lr=LR, effect="freeze", active_state=True, steps_per_epoch=EPOCH, rounding=rounding
+        groups, lr=LR, effect="freeze", active_state=True, steps_per_epoch=epoch, rounding=rounding
     )
     return _saving(model, optimizer, released=savings, rows=savings)
 
@@ -86,14 +86,14 @@ def _saving(model: nn.Module, optimizer: GradDropAdamW, released: bool, rows: bo
 # Others
 
 
-def _adamw(model: nn.Module, p: float):
+def _adamw(model: nn.Module, p: float, epoch: int):
     return torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
 
 
 class _InBackward:
     """As in torch's tutorial on the optimizer step in backward."""
 
-    def __init__(self, model: nn.Module, p: float):
+    def __init__(self, model: nn.Module, p: float, epoch: int):
         self.optimizers = {p: torch.optim.AdamW([p], lr=LR, fused=True) for p in model.parameters()}
         for param in self.optimizers:
             param.register_post_accumulate_grad_hook(self._step_and_free)
@@ -109,16 +109,16 @@ class _InBackward:
         pass
 
 
-def _adafactor(model: nn.Module, p: float):
+def _adafactor(model: nn.Module, p: float, epoch: int):
     return torch.optim.Adafactor(model.parameters(), lr=LR)
 
 
-def _lora(model: nn.Module, p: float):
+def _lora(model: nn.Module, p: float, epoch: int):
     adapted(model)  # in place
     return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=LR, fused=True)
 
 
-def _badam(model: nn.Module, p: float):
+def _badam(model: nn.Module, p: float, epoch: int):
     import badam
 
     return badam.BlockOptimizer(
@@ -126,7 +126,7 @@ def _badam(model: nn.Module, p: float):
         named_parameters_list=list(model.named_parameters()),
         block_prefix_list=[[f".encoder.layer.{i}."] for i in range(model.config.num_hidden_layers)],
         active_modules=["classifier."],
-        switch_block_every=EPOCH,
+        switch_block_every=epoch,
         verbose=0,
     )
 
@@ -135,9 +135,9 @@ class _LISA:
     """Pan et al. 2024, "LISA: Layerwise Importance Sampling" (arXiv 2403.17919): layers drawn every few steps, with
     embeddings and head always on; what is switched off loses its moments."""
 
-    def __init__(self, model: nn.Module, p: float, layers: int = 2):
+    def __init__(self, model: nn.Module, p: float, epoch: int, layers: int = 2):
         self.blocks, self.layers, self.steps, self.random = model.base_model.encoder.layer, layers, 0, random.Random(0)
-        self.params = list(model.parameters())
+        self.params, self.epoch = list(model.parameters()), epoch
         self._draw()
 
     def _draw(self) -> None:
@@ -152,12 +152,12 @@ class _LISA:
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
-        if self.steps % EPOCH == 0:
+        if self.steps % self.epoch == 0:
             self._draw()
 
 
 def _low_rank(package: str, optimizer: str, **options) -> Callable:
-    def build(model: nn.Module, p: float):
+    def build(model: nn.Module, p: float, epoch: int):
         matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
         chosen = {id(matrix) for matrix in matrices}
         rest = [param for param in model.parameters() if id(param) not in chosen]
@@ -168,7 +168,7 @@ def _low_rank(package: str, optimizer: str, **options) -> Callable:
     return build
 
 
-def _eight_bit(model: nn.Module, p: float):
+def _eight_bit(model: nn.Module, p: float, epoch: int):
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(model.parameters(), lr=LR)
@@ -176,7 +176,7 @@ def _eight_bit(model: nn.Module, p: float):
 
 @dataclass(frozen=True)
 class Contestant:
-    """``build(model, p)`` returns what has step() and zero_grad(); ``package`` is what must be installed for it."""
+    """``build(model, p, epoch)`` returns what has step() and zero_grad(); ``package`` must be installed for it."""
 
     build: Callable
     package: str | None = None
@@ -188,14 +188,16 @@ CONTESTANTS = {
     BASE: Contestant(_adamw),
     "AdamW in backward": Contestant(_InBackward),
     "masked": Contestant(_masked, ours=True),
-    "released": Contestant(lambda model, p: _masked(model, p, released=True), ours=True),
-    "rows": Contestant(lambda model, p: _masked(model, p, rows=True), ours=True),
-    "rows, released": Contestant(lambda model, p: _masked(model, p, released=True, rows=True), ours=True),
-    "active": Contestant(lambda model, p: _active(model, p, savings=False), ours=True),
-    "all": Contestant(lambda model, p: _active(model, p, savings=True), ours=True),
+    "released": Contestant(lambda model, p, epoch: _masked(model, p, epoch, released=True), ours=True),
+    "rows": Contestant(lambda model, p, epoch: _masked(model, p, epoch, rows=True), ours=True),
+    "rows, released": Contestant(lambda model, p, epoch: _masked(model, p, epoch, released=True, rows=True), ours=True),
+    "active": Contestant(lambda model, p, epoch: _active(model, p, epoch, savings=False), ours=True),
+    "all": Contestant(lambda model, p, epoch: _active(model, p, epoch, savings=True), ours=True),
     "AdamW, bfloat16": Contestant(_adamw, dtype=torch.bfloat16),
     "all, bfloat16": Contestant(
-        lambda model, p: _active(model, p, savings=True, rounding="stochastic"), dtype=torch.bfloat16, ours=True
+        lambda model, p, epoch: _active(model, p, epoch, savings=True, rounding="stochastic"),
+        dtype=torch.bfloat16,
+        ours=True,
     ),
     "Adafactor": Contestant(_adafactor),
     "LoRA": Contestant(_lora, "peft"),
@@ -217,7 +219,7 @@ def installed(name: str) -> bool:
 class Run(layer_skipping.Run):
     def prepare(self, name: str, p: float, options: argparse.Namespace) -> None:
         self.model.to(CONTESTANTS[name].dtype)
-        self.optimizer = CONTESTANTS[name].build(self.model, p)
+        self.optimizer = CONTESTANTS[name].build(self.model, p, options.epoch)
 
 
 # The gate
@@ -230,17 +232,17 @@ def gate(options: argparse.Namespace) -> None:
     def trained(build: Callable, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         torch.manual_seed(0)
         model = layer_skipping.model(small).to(dtype).train()
-        optimizer = build(model, 0.5)
-        for step in range(EPOCH):
+        optimizer = build(model, 0.5, 2)
+        for step in range(2):
             ids = layer_skipping.batch(step, small)
             model(input_ids=ids, labels=ids[:, 0] % 2).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         return list(model.parameters())
 
-    def all_but_savings(model: nn.Module, p: float) -> GradDropAdamW:
+    def all_but_savings(model: nn.Module, p: float, epoch: int) -> GradDropAdamW:
         groups = param_groups(model, drop=GradDropEpoch(p=p, toggle=True, block="row"))
-        return GradDropAdamW(groups, lr=LR, effect="freeze", steps_per_epoch=EPOCH)
+        return GradDropAdamW(groups, lr=LR, effect="freeze", steps_per_epoch=epoch)
 
     truths = {"AdamW in backward": _adamw, "released": _masked, "rows": _masked, "rows, released": _masked}
     truths |= {"active": all_but_savings, "all": all_but_savings, "all, bfloat16": all_but_savings}
@@ -351,6 +353,7 @@ def parser() -> argparse.ArgumentParser:
     p.description = __doc__
     p.set_defaults(runs=tuple(CONTESTANTS), p=[0.9])
     next(action for action in p._actions if action.dest == "runs").choices = tuple(CONTESTANTS)
+    p.add_argument("--epoch", type=int, default=2, help="steps between two changes of what is trained")
     p.add_argument("--memory-batch", type=int, nargs=2, default=[1, 8], metavar=("SEQUENCES", "TOKENS"))
     p.add_argument("--plots", type=Path, metavar="FOLDER", help="write memory-time.png and growth.png")
     p.add_argument("--report", type=Path, metavar="FILE", help="Markdown file that takes tables and plots")

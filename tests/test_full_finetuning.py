@@ -26,7 +26,7 @@ def test_memory_and_plots(tmp_path):
 
 def test_the_gate_finds_a_run_that_trains_otherwise(monkeypatch):
     options = full_finetuning.parser().parse_args(FLAGS)
-    wrong = full_finetuning.Contestant(lambda model, p: torch.optim.AdamW(model.parameters(), lr=1e-2))
+    wrong = full_finetuning.Contestant(lambda model, p, epoch: torch.optim.AdamW(model.parameters(), lr=1e-2))
     monkeypatch.setitem(full_finetuning.CONTESTANTS, "released", wrong)
     with pytest.raises(AssertionError, match="released"):
         full_finetuning.gate(options)
