@@ -24,7 +24,7 @@ benchmarks/requirements-peers.txt.
 Runs take turns at every step; times are medians, ratios are taken within a turn and stand with their quartiles. Where a
 run updates inside backward, its update is part of that time: the whole step is what to compare. Peak memory is what a
 process of its own grew by over four steps, the model's parameters included; with its default batch of 1 x 8 tokens
-activations are next to nothing. A change of epoch (of layers, of projections) falls within these steps. Before anything
+activations are next to nothing. A change of epoch (of layers) falls within these steps. Before anything
 is measured, ours must train as they would without these savings.
 """
 
@@ -303,8 +303,8 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def plots(results: list[Result], folder: Path) -> None:
-    """memory-time.png: every run at its largest p; growth.png: memory and time of "all" over p."""
+def plots(results: list[Result], folder: Path) -> list[Path]:
+    """memory-time.png: every run at its largest p; growth.png: "all" over p. Returns what it wrote."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -333,7 +333,7 @@ def plots(results: list[Result], folder: Path) -> None:
 
     over_p = [r for r in complete if r.run == "all"]
     if len(over_p) < 2:
-        return
+        return [folder / "memory-time.png"]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     axes.plot([r.p for r in over_p], [r.bytes_per_parameter / 16 for r in over_p], "o-", label="peak memory / 16 bytes")
     axes.plot([r.p for r in over_p], [r.step[0] for r in over_p], "s-", label="training step / AdamW's")
@@ -342,10 +342,7 @@ def plots(results: list[Result], folder: Path) -> None:
     axes.legend()
     figure.savefig(folder / "growth.png", dpi=110)
     plt.close(figure)
-
-
-def _written(folder: Path | None) -> list[Path]:
-    return sorted(folder.glob("*.png")) if folder else []
+    return [folder / "memory-time.png", folder / "growth.png"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -377,12 +374,11 @@ def main(argv: list[str] | None = None) -> None:
         print(tables[-1], "\n", flush=True)
     if options.out:
         options.out.write_text(json.dumps([vars(r) for r in results], indent=1) + "\n")
-    if options.plots:
-        plots(results, options.plots)
+    written = plots(results, options.plots) if options.plots else []
     if options.report:
         state = f"{machine()}, {parameters(options):,} parameters, {options.steps} steps. By"
         command = f"`python -m benchmarks.full_finetuning {shlex.join(sys.argv[1:] if argv is None else argv)}`:"
-        pictures = [reports.link(path, options.report, path.stem) for path in _written(options.plots)]
+        pictures = [reports.link(path, options.report, path.stem) for path in written]
         reports.write_between(options.report, BEGIN, END, "\n\n".join([f"{state}\n{command}", *tables, *pictures]))
 
 

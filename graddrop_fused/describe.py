@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
-from .active import active_share, tensors
+from .active_share import active_share, tensors
 from .numbers import row_at
 from .policies import Policy, StaticMask
 

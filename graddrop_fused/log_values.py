@@ -1,6 +1,6 @@
 """What a training log should hold of the masks: a few numbers by name, for any tool that writes logs."""
 
-from .active import active_share
+from .active_share import active_share
 from .groups import Layers, policy_of
 from .masked import MaskedOptimizer
 from .numbers import rows_at

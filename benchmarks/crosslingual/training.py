@@ -85,8 +85,7 @@ def run(
     head_class = HEADS[task.head]
     model, tokenizer = models.load(settings.model, task, head_class.auto_model)
     models.check_length(model, tokenizer, settings.max_length)
-    if method.adapters:
-        model = adapted(model)
+    model = adapted(model) if method.adapters else model
     head = head_class(tokenizer, task.labels, settings.max_length)
     train = head.features(task.train, training=True)
     with ExitStack() as stack:
