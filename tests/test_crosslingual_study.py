@@ -40,15 +40,15 @@ def _finish(the_plan, done, dev=lambda run: 50.0, best=lambda run: 50.0, parts=p
 
 def test_the_plan_is_the_design_s():
     done = {}
-    order = _finish(FULL, done, dev=lambda run: 60.0 - abs(np.log2(run.lr / 2e-4)))  # 2e-4 is best: no widening
+    order = _finish(FULL, done, dev=lambda run: 60.0 - abs(np.log2(run.lr / 1e-4)))  # 1e-4 is best: no widening
     count = Counter(run.part for run in order)
-    assert count == {"tune": 9 * 3 * 2 + 8 * 3, "first": 10 * 2 * 10, "effects": 8 * 10, "multiemo": 6 * 5}
+    assert count == {"tune": 9 * 3 * 2 + 8 * 3, "first": 10 * 2 * 8, "effects": 8 * 4, "multiemo": 6 * 5}
     assert sum(count.values()) == FULL.count(done)
     assert {run.seed for run in order if run.part == "tune"} == {1000, 1001}
-    assert {run.seed for run in order if run.part == "first"} == set(range(10))
+    assert {run.seed for run in order if run.part == "first"} == set(range(8))
     assert {run.noise for run in order if run.part == "effects"} == {plan.WRONG}
     control = {run.lr for run in order if run.arm.name == plan.CONTROL}
-    assert control == {2e-4 * 0.5**0.5} and {run.lr for run in order if run.part == "first"} == control | {2e-4}
+    assert control == {1e-4 * 0.5**0.5} and {run.lr for run in order if run.part == "first"} == control | {1e-4}
     assert not list(FULL.pending(done))
 
 
@@ -60,12 +60,12 @@ def test_the_grid_widens_where_the_best_stands_at_an_end():
 
     order = _finish(FULL, done, dev, parts=["tune"])
     rates = {name: sorted({run.lr for run in order if run.arm.name == name}) for name in ("graddrop", "layer-graddrop")}
-    assert rates["graddrop"] == [1e-4, 2e-4, 4e-4, 8e-4, 16e-4]
-    assert rates["layer-graddrop"] == [0.25e-4, 0.5e-4, 1e-4, 2e-4, 4e-4]
+    assert rates["graddrop"] == [0.5e-4, 1e-4, 2e-4, 4e-4, 8e-4]
+    assert rates["layer-graddrop"] == [0.125e-4, 0.25e-4, 0.5e-4, 1e-4, 2e-4]
     by_name = {arm.name: arm for arm in FULL.first}
-    assert FULL.lr(by_name["graddrop"], done) == 16e-4 and FULL.lr(by_name["layer-graddrop"], done) == 0.25e-4
-    assert FULL.lr(by_name[plan.CONTROL], done) == pytest.approx(16e-4 / 2**0.5)
-    assert FULL.lr(by_name["fine-tuning"], done) == 0.25e-4  # the lower one on a tie
+    assert FULL.lr(by_name["graddrop"], done) == 8e-4 and FULL.lr(by_name["layer-graddrop"], done) == 0.125e-4
+    assert FULL.lr(by_name[plan.CONTROL], done) == pytest.approx(8e-4 / 2**0.5)
+    assert FULL.lr(by_name["fine-tuning"], done) == 0.125e-4  # the lower one on a tie
     assert FULL.lr(by_name["graddrop"], {}) is None and FULL.lr(by_name[plan.CONTROL], {}) is None
 
 

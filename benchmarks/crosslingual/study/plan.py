@@ -67,20 +67,21 @@ def key_of(result: dict) -> tuple:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the study; ``FULL`` is that of docs/study.md."""
+    """Sizes of the study; the defaults are those of docs/study.md."""
 
     model: str
-    seeds: tuple[int, ...] = tuple(range(10))
+    seeds: tuple[int, ...] = tuple(range(8))
     tuning_seeds: tuple[int, ...] = (1000, 1001)  # one for each of noises
-    rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
+    rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
     widenings: int = 2  # of the grid, each by a factor of two, where the best stands at an end
-    epochs: int = 20
+    epochs: int = 12
     train: int = 300
     dev: int = 10  # sentences a language
-    test: int | None = None
+    test: int = 150  # sentences a language, where there are as many
     draws: int = 10_000  # of the bootstrap
     first: tuple[Arm, ...] = FIRST
     effects: tuple[Arm, ...] = EFFECTS
+    effect_seeds: tuple[int, ...] = tuple(range(4))
     multiemo_seeds: tuple[int, ...] = tuple(range(5))
     multiemo_test: int = 100
     best: int = 4  # masked methods that go on to multiemo
@@ -103,7 +104,7 @@ class Plan:
         sizes = {
             "tune": len(list(self._tune(done))),
             "first": len(self.first) * len(self.noises) * len(self.seeds),
-            "effects": len(self.effects) * len(self.seeds),
+            "effects": len(self.effects) * len(self._effect_seeds),
             "multiemo": (self.best + 2) * len(self.multiemo_seeds) if self.best else 0,
         }
         return sum(sizes[part] for part in parts)
@@ -153,14 +154,19 @@ class Plan:
                     yield from self._tuning_runs(arm, rate)
 
     def _first(self, done) -> Iterator[Run]:
-        return self._runs("first", self.first, self.noises, done)
+        return self._runs("first", self.first, self.noises, self.seeds, done)
 
     def _effects(self, done) -> Iterator[Run]:
-        return self._runs("effects", self.effects, (WRONG,), done)
+        return self._runs("effects", self.effects, (WRONG,), self._effect_seeds, done)
 
-    def _runs(self, part: str, arms: tuple[Arm, ...], noises, done) -> Iterator[Run]:
+    @property
+    def _effect_seeds(self) -> tuple[int, ...]:
+        """Those of the design that this machine does."""
+        return tuple(seed for seed in self.effect_seeds if seed in self.seeds)
+
+    def _runs(self, part: str, arms: tuple[Arm, ...], noises, seeds, done) -> Iterator[Run]:
         rates = {arm: self.lr(arm, done) for arm in arms}
-        for seed in self.seeds:  # seed by seed: paired from the beginning
+        for seed in seeds:  # seed by seed: paired from the beginning
             for noise in noises:
                 for arm in arms:
                     if rates[arm] is not None:
