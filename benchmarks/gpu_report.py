@@ -1,6 +1,7 @@
 """What the compilers say of the Triton kernels: registers, spills, access widths, instructions per element.
 
     python -m benchmarks.gpu_report [--quick] [--targets sm_90 ...]
+    python -m benchmarks.gpu_report --bounds tests/helpers/triton_bounds.json
 
 Compiler-derived predictions only: nothing here was timed on a GPU, and none is needed. Each variant is compiled ahead
 of time for sm_80, sm_90, sm_100 and gfx942 with the options of a real launch. SASS comes from the disassembler in
@@ -12,7 +13,9 @@ loop inside it (counters of a mask drawn one at a time) by its trip count.
 """
 
 import argparse
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -104,7 +107,9 @@ class Variant:
         if self.rule is None:
             return [PassShape("wide", 128, counters=16)]
         shapes = [PassShape("wide", 4 * sizes["VECTOR"], counters=sizes["VECTOR"] // 2)]
-        shapes.append(PassShape("narrow", 4, stores=4 * (1 + self.states), counters=4))
+        # of blocks, two counters: those of 96 elements and more, by which draw.narrow_blocks draws
+        counters = 2 if Mask.BLOCK in MASKS[self.mask] else 4
+        shapes.append(PassShape("narrow", 4, stores=4 * (1 + self.states), counters=counters))
         if self.dims:
             each = sizes["STRIDED"] // (sizes["num_warps"] * warp_size)
             shapes.append(PassShape("strided", each, stores=each * (1 + self.states)))
@@ -114,6 +119,7 @@ class Variant:
         if self.rule is None:
             return f"pack: {self.mask}"
         parts = [self.mask, self.dtypes] + [self.effect] * (self.effect != "gradient")
+        parts += ["own counts"] * self.own
         parts += [f"{self.dims} dimensions"] * (self.dims > 0)
         parts += ["stochastic rounding"] * (self.rounding == "stochastic")
         return ("" if self.rule == "adamw" else f"{self.rule}: ") + ", ".join(parts)
@@ -122,6 +128,7 @@ class Variant:
 VARIANTS = [
     *(Variant(mask, dtypes) for mask in ("none", "element", "packed", "gaussian") for dtypes in DTYPES),
     *(Variant("block", dtypes, effect="freeze") for dtypes in DTYPES),
+    *(Variant("block", dtypes, effect="freeze", own=True) for dtypes in ("fp32", "bf16")),
     *(Variant("element", dtypes, effect="any effect") for dtypes in DTYPES),
     Variant("element or none"),
     Variant("layer"),
@@ -133,6 +140,7 @@ VARIANTS = [
     *(Variant("element", dtypes, rounding="stochastic") for dtypes in ("bf16, fp32 state", "bf16")),
     Variant("none", "bf16", rounding="stochastic"),
     Variant("element", "bf16", dims=2, rounding="stochastic"),
+    Variant("block", "bf16", effect="freeze", dims=2, own=True, rounding="stochastic"),
     Variant("element", rule=None),
 ]
 
@@ -214,11 +222,38 @@ def row(variant: Variant, target: str) -> str:
     return " | ".join(map(str, [*first, *instructions, pipes, said]))
 
 
+def numbers(report: Report) -> list[float]:
+    """Registers, and instructions per element of the wide, narrow and strided pass, of those that there are."""
+    passes = (report.passes[name] for name in ("wide", "narrow", "strided") if name in report.passes)
+    return [report.registers, *(round(p.instructions, 1) for p in passes)]
+
+
+def write_bounds(path: Path) -> None:
+    """Measures every variant on sm_90 and puts its numbers into the JSON file, under the version of Triton."""
+    import triton
+
+    version = ".".join(triton.__version__.split(".")[:2])
+    for variant in VARIANTS:
+        report = examine(variant, "sm_90")
+        print(f"{variant}: {numbers(report)}, {report.spills} spills", flush=True)
+        bounds = json.loads(path.read_text())  # read anew: another version's run may have written
+        bounds[version] = bounds.get(version, {}) | {str(variant): numbers(report)}
+        bounds = {v: {name: of[name] for name in map(str, VARIANTS) if name in of} for v, of in sorted(bounds.items())}
+        tables = (
+            f' "{v}": {{\n' + ",\n".join(f"  {json.dumps(k)}: {json.dumps(n)}" for k, n in of.items()) + "\n }"
+            for v, of in bounds.items()
+        )
+        path.write_text("{\n" + ",\n".join(tables) + "\n}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Static report of the Triton kernels: predictions, no GPU timing.")
     parser.add_argument("--quick", action="store_true", help="AdamW with element masks only")
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--bounds", type=Path, metavar="FILE", help="write what the tests compare with, and stop")
     options = parser.parse_args()
+    if options.bounds:
+        return write_bounds(options.bounds)
     import triton
 
     print(f"Compiler-derived predictions (Triton {triton.__version__}); no GPU was timed.\n")

@@ -38,7 +38,6 @@ from .tables import (
     PACKED_BIT,
     SPAN,
     STREAM_ID,
-    TILE,
 )
 
 FAR = tl.constexpr(1 << 30)  # beyond every element of a chunk, and far from the end of 32 bits
@@ -105,20 +104,23 @@ def block_kept(number, window, key):
 
 @triton.jit
 def block_origin(first, block):
-    """What :func:`block_at` needs from the global index ``first``: its block, how far to the next, its size.
+    """What :func:`block_at` needs from the global index ``first``: its block, how far to the next, size, inverse.
 
-    The one division of 64 bits, made once for a chunk: it takes more registers than all the rest.
+    The divisions are made once for a chunk: one of 64 bits takes more registers than all the rest. The inverse is
+    2**31 / size, rounded up: :func:`blocks_on` multiplies by it, which is exact up to 2**14, twice a chunk.
     """
     number = first // block
-    return number, tl.minimum((number + 1) * block - first, FAR).to(tl.int32), tl.minimum(block, FAR).to(tl.uint32)
+    to_next = tl.minimum((number + 1) * block - first, FAR).to(tl.int32)
+    size = tl.minimum(block, FAR).to(tl.uint32)
+    return number, to_next, size, (0x7FFFFFFF + size) // size
 
 
 @triton.jit
 def blocks_on(offset, origin):
     """How many blocks those at ``offset`` (int32, up to a chunk's) are behind that of ``origin``."""
-    _, to_next, size = origin
+    _, to_next, _, inverse = origin
     beyond = offset - to_next
-    return tl.where(beyond < 0, 0, 1 + beyond.to(tl.uint32) // size)
+    return tl.where(beyond < 0, 0, 1 + tl.umulhi(beyond.to(tl.uint32) << 1, inverse).to(tl.int32))
 
 
 @triton.jit
@@ -162,8 +164,8 @@ def wide_kept(kind, whole, first, packed, window, key, KINDS: tl.constexpr, TILE
 
 @triton.jit
 def tile_counters(first, TILES: tl.constexpr):
-    """The first counter of each tile, [TILES, 1], int64."""
-    return first // TILE * 16 + tl.arange(0, TILES)[:, None] * 16
+    """The first counter of each tile, [TILES, 1], int64. ``first``: global index, a multiple of 128."""
+    return (first >> 3) + tl.arange(0, TILES)[:, None] * 16
 
 
 @triton.jit
@@ -244,10 +246,7 @@ def narrow_kept(kind, offset, inside, first, packed, origin, window, key, KINDS:
             k0, k1, k2, k3 = narrow_drawn(first, window, key, TILES)
     if BLOCK_BIT & KINDS:
         if kind == BLOCK:
-            bits = tl.zeros([TILES, 32], tl.int32)
-            for w in range(4):  # one after another, for registers
-                bits |= block_at(offset + 32 * w, origin, window, key).to(tl.int32) << w
-            k0, k1, k2, k3 = bits & 1 != 0, bits & 2 != 0, bits & 4 != 0, bits & 8 != 0
+            k0, k1, k2, k3 = narrow_blocks(offset, origin, window, key, TILES)
     if PACKED_BIT & KINDS:
         if kind == PACKED:
             words = packed + (offset >> 5)
@@ -268,6 +267,19 @@ def narrow_drawn(first, window, key, TILES: tl.constexpr):
         decide(raised(words[2], upper), window),
         decide(raised(words[3], upper), window),
     )
+
+
+@triton.jit
+def narrow_blocks(offset, origin, window, key, TILES: tl.constexpr):
+    """Of four elements, 32 apart, blocks of 96 and more hold at most two: those of the first and of the last one."""
+    large = origin[2] >= 96
+    bits = tl.zeros([TILES, 32], tl.int32)
+    for w in range(0, 4, tl.where(large, 3, 1)):  # one after another, for registers
+        bits |= block_at(offset + 32 * w, origin, window, key).to(tl.int32) << w
+    k0, k3, first = bits & 1 != 0, bits & 8 != 0, blocks_on(offset, origin)
+    k1 = tl.where(large, tl.where(blocks_on(offset + 32, origin) == first, k0, k3), bits & 2 != 0)
+    k2 = tl.where(large, tl.where(blocks_on(offset + 64, origin) == first, k0, k3), bits & 4 != 0)
+    return k0, k1, k2, k3
 
 
 @triton.jit

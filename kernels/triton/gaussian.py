@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .memory import in_a_row, side_by_side
 from .philox import select, words_at
-from .tables import FOR_GAUSSIAN, TILE
+from .tables import FOR_GAUSSIAN
 
 
 @triton.jit
@@ -40,8 +40,8 @@ def strided_noise(index, key):
 
 @triton.jit
 def tile_counters(first, TILES: tl.constexpr):
-    """The first counter of each tile, [TILES, 1], int64. ``first``: global index of the first tile."""
-    return first // TILE * 32 + tl.arange(0, TILES)[:, None] * 32
+    """The first counter of each tile, [TILES, 1], int64. ``first``: global index, a multiple of 128."""
+    return (first >> 2) + tl.arange(0, TILES)[:, None] * 32
 
 
 @triton.jit

@@ -97,6 +97,7 @@ def update_kernel(
         if tl.load(found_inf) != 0:
             return
     tensor, row, start, stop = chunk_at(chunks, layout, CHUNK)
+    all_integers, all_reals, all_rounding = integers, reals, rounding
     integers += tensor * INTEGERS
     reals += tensor * REALS
     if rounding is not None:
@@ -117,13 +118,8 @@ def update_kernel(
                 PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, OWN, DIMS, WIDE, STRIDED,
             )  # fmt: skip
             return
-    pointers = tl.load(row + PARAM) | tl.load(row + GRAD) | tl.load(row + PACKED_WORDS)
-    for k in tl.static_range(STATES):
-        pointers |= tl.load(row + STATE + k)
-    fast = (pointers % 16 == 0) & (tl.load(row + OFFSET) % TILE == 0)
-    if BLOCK_BIT & KINDS:
-        fast &= (kind != BLOCK) | (tl.load(integers + BLOCK_SIZE) % TILE == 0)
-    middle = start + tl.where(fast, (stop - start) // (TILES * TILE) * (TILES * TILE), 0)
+    whole = whole_passes(start, stop, TILES)
+    middle = start + tl.where(fits_wide(row, integers, kind, STATES, KINDS), whole, 0)
 
     # the tail first: it needs fewer registers, and nothing of it stays in them during the wide passes
     update_narrow(
@@ -131,6 +127,12 @@ def update_kernel(
         PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, OWN, NARROW,
     )  # fmt: skip
     if start < middle:
+        # read again: what stayed in registers across the tail would lower the occupancy of all
+        tensor, row, start, stop = chunk_at(chunks, layout, CHUNK)
+        middle = start + whole_passes(start, stop, TILES)
+        integers, reals = all_integers + tensor * INTEGERS, all_reals + tensor * REALS
+        if rounding is not None:
+            rounding = all_rounding + tensor * ROUNDINGS
         update_wide(
             start, middle, row, integers, reals, rounding, kind, effect, seed, grad_scale, RULE, STATES, FACTORS,
             PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, KINDS, OWN, TILES, VECTOR,
@@ -231,7 +233,7 @@ def update_narrow(
     for k in tl.static_range(STATES):
         state_ptrs = state_ptrs + (pointer(row + STATE + k, STATE_DTYPE) + start,)
     packed = pointer(row + PACKED_WORDS, tl.int32) + start // 32
-    reads_grad = has_grad(row, kind, effect)
+    grad_count = tl.where(has_grad(row, kind, effect), count, 0)
     into_tile = (index % TILE).to(tl.int32)
     origin = block_origin(index, block)
     if OWN:
@@ -262,8 +264,8 @@ def update_narrow(
             else:
                 mine = factors
             update_at(
-                p_ptr + offset, g_ptr + offset, state_ptrs, offset, 32 * w, inside[w], kept[w], reads_grad, effect,
-                factor, mine, random, RULE, STATES, dtype,
+                p_ptr + offset, g_ptr + offset, state_ptrs, offset, 32 * w, inside[w],
+                in_range(offset + 32 * w, grad_count), kept[w], effect, factor, mine, random, RULE, STATES, dtype,
             )  # fmt: skip
 
 
@@ -286,15 +288,16 @@ def update_strided(
     for k in tl.static_range(STATES):
         state_ptrs = state_ptrs + (pointer(row + STATE + k, STATE_DTYPE),)
     packed = pointer(row + PACKED_WORDS, tl.int32)
-    reads_grad = has_grad(row, kind, effect)
     number: tl.constexpr = tl.int64 if WIDE else tl.int32
     dims = dimensions(row, number, DIMS)
     if OWN:
         table = block_table(row, kind, effect, offset // block, block, dtype)
 
-    for base in range(start.to(number), stop.to(number), STRIDED):
+    start, stop = start.to(number), stop.to(number)
+    reads_grad = has_grad(row, kind, effect)
+    for base in range(start, stop, STRIDED):
         position = base + tl.arange(0, STRIDED)
-        inside = position < stop.to(number)
+        inside = position < stop
         p_at, g_at, steps, local = locate(position, dims, DIMS)
         index = offset + steps
         kept = strided_kept(kind, local, inside, index, packed, block, window, key, KINDS)
@@ -309,21 +312,23 @@ def update_strided(
         else:
             mine = factors
         update_at(
-            p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, 0, inside, kept, reads_grad, effect,
+            p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, 0, inside, inside & reads_grad, kept, effect,
             factor, mine, random, RULE, STATES, dtype,
         )  # fmt: skip
 
 
 @triton.jit
 def update_at(
-    p_ptr, g_ptr, state_ptrs, offset, SHIFT: tl.constexpr, inside, kept, reads_grad, effect, grad_factor, factors,
+    p_ptr, g_ptr, state_ptrs, offset, SHIFT: tl.constexpr, inside, has_grad, kept, effect, grad_factor, factors,
     random, RULE: tl.constexpr, STATES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """An element for each pointer of ``p_ptr`` and ``g_ptr``, SHIFT elements on; the states' is at ``offset``."""
+    """An element for each pointer of ``p_ptr`` and ``g_ptr``, SHIFT elements on; the states' is at ``offset``.
+
+    ``has_grad``: ``inside``, or False where gradients are not read: one comparison says both.
+    """
     live = inside & writes_state(kept, effect)
-    grad_live = tl.where(reads_grad, inside & takes_grad(kept, effect), False)
     p = tl.load(p_ptr + SHIFT, mask=live).to(dtype)
-    g = tl.load(g_ptr + SHIFT, mask=grad_live, other=0).to(dtype)
+    g = tl.load(g_ptr + SHIFT, mask=has_grad & takes_grad(kept, effect), other=0).to(dtype)
     states = ()
     for k in tl.static_range(STATES):
         states = states + (tl.load(state_ptrs[k] + offset + SHIFT, mask=live).to(dtype),)
@@ -333,6 +338,24 @@ def update_at(
     for k in tl.static_range(STATES):
         new = stored(states[k], state_ptrs[k].dtype.element_ty, random, 1 + k)
         tl.store(state_ptrs[k] + offset + SHIFT, new, mask=live)
+
+
+@triton.jit
+def whole_passes(start, stop, TILES: tl.constexpr):
+    """As many elements as whole wide passes take."""
+    return (stop - start) // (TILES * TILE) * (TILES * TILE)
+
+
+@triton.jit
+def fits_wide(row, integers, kind, STATES: tl.constexpr, KINDS: tl.constexpr):
+    """Are addresses aligned to 16 bytes, and shard and blocks to tiles?"""
+    pointers = tl.load(row + PARAM) | tl.load(row + GRAD) | tl.load(row + PACKED_WORDS)
+    for k in tl.static_range(STATES):
+        pointers |= tl.load(row + STATE + k)
+    fits = (pointers % 16 == 0) & (tl.load(row + OFFSET) % TILE == 0)
+    if BLOCK_BIT & KINDS:
+        fits &= (kind != BLOCK) | (tl.load(integers + BLOCK_SIZE) % TILE == 0)
+    return fits
 
 
 @triton.constexpr_function

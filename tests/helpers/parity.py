@@ -193,6 +193,13 @@ _BLOCK_STEPS = (
     Spec((0, 3), block=3, **_OWN),
     Spec((3000,), block=256, **{**_OWN, "block_steps": False}),
 )
+_STRIDED_STEPS = (
+    Spec((17, 123), block=123, order=(1, 0), stream_id=5, **_OWN),
+    Spec((17, 123), block=40, grad_order=(1, 0), stream_id=6, **_OWN),
+    Spec((6, 3, 5, 7), block=105, order=(0, 2, 3, 1), grad_order=(0, 2, 3, 1), stream_id=7, **_OWN),
+    Spec((17, 90), block=384, shard=Shard.box((17, 90), (17, 100), (0, 3)), order=(1, 0), stream_id=8, **_OWN),
+    Spec((17, 123), block=128, order=(1, 0), **{**_OWN, "block_steps": False}),
+)
 _GAUSSIAN = tuple(Spec((n,), Mask.GAUSSIAN, stream_id=n, shard=Shard((n,), (1,), n)) for n in AWKWARD)
 
 
@@ -354,6 +361,7 @@ def _stochastic() -> list[Case]:
     kinds += [replace(c, param=BF16, grad=F32, state=BF16) for c in _shards()]
     wild = tuple(replace(s, grad="wild") for e in Effect for s in _all_kinds(effect=e))
     kinds.append(Case("wild", wild, BF16, BF16, BF16))
+    kinds.append(Case("block-steps-strided", _STRIDED_STEPS, BF16, BF16, BF16))
     kinds.append(Case("first-step", _all_kinds(step=1), BF16, BF16, BF16, grad_scale=8.0))
     return [replace(case, name=f"stochastic-{case.name}", stochastic=True) for case in kinds]
 
