@@ -29,36 +29,52 @@ def test_element_masks_on_every_target(target):
     wide = report.passes["wide"]
     assert (report.spills, report.stack) == (0, 0)
     assert wide.widths == {16: 28}  # 4 loads and 3 stores for each of a pass's 4 accesses
-    # 72: 28 warps for each of sm_80's SMs, where 64 would allow 32; 128: 4 waves for each SIMD of gfx942
-    assert report.registers <= {"sm_80": 72, "gfx942": 128}.get(target, 64)
-    assert wide.instructions <= (38 if target.startswith("sm") else 51)
+    # 56: 36 warps for each SM; 64: 8 waves for each SIMD of gfx942
+    assert report.registers <= (56 if target.startswith("sm") else 64)
+    assert wide.instructions <= (36 if target.startswith("sm") else 45)
 
 
-# {Triton: {variant: [registers, instructions per element of the wide, narrow and strided pass]}}, as measured on sm_90
+# {Triton: {variant: gpu_report.numbers on sm_90}}, which python -m benchmarks.gpu_report --bounds writes
 BOUNDS = json.loads((Path(__file__).parent / "helpers/triton_bounds.json").read_text())
+# one number of a wide pass, which the compiler keeps in memory for the sake of 32 registers
+SPILLS = {("3.9", "mask: element, fp32"): (2, 8)}
+SAMPLE = {  # what an ordinary run compiles: one of each kind of pass, the quick ones
+    "none, fp32",
+    "element, fp32",
+    "element, bf16",
+    "packed, fp32",
+    "block, fp32, freeze, own counts",
+    "element, fp32, 2 dimensions",
+    "none, bf16, stochastic rounding",
+    "pack: element",
+}
+
+
+def test_bounds_are_of_declared_variants():
+    names = [str(variant) for variant in gpu_report.VARIANTS]
+    assert len(set(names)) == len(names)
+    for of in BOUNDS.values():
+        assert SAMPLE <= set(of) <= set(names)
 
 
 @pytest.mark.parametrize("variant", gpu_report.VARIANTS, ids=str)
 def test_no_variant_spills(variant):
+    if str(variant) not in SAMPLE and "GRADDROP_ALL" not in os.environ:
+        pytest.skip("compiled with the others by make test-all")
     report = gpu_report.examine(variant, "sm_90")
-    assert (report.spills, report.stack) == (0, 0)
-    of_tables = {4, 8} if variant.mask == "block" else set()  # its blocks' own factors
-    assert 16 in report.passes["wide"].widths and set(report.passes["wide"].widths) <= {16} | of_tables
-    most = BOUNDS.get(VERSION, {}).get(str(variant))
+    assert (report.spills, report.stack) == SPILLS.get((VERSION, str(variant)), (0, 0))
+    widths = dict(report.passes["wide"].widths)
+    if variant.own:
+        assert widths.pop(4) == 6  # a factor at a time, of each tile's block
+    assert set(widths) == {16}
+    found, most = gpu_report.numbers(report), BOUNDS.get(VERSION, {}).get(str(variant))
     if most is None:
         pytest.skip(f"its registers and instructions were not measured with Triton {VERSION}")
-    passes = [report.passes[name] for name in ("wide", "narrow", "strided") if name in report.passes]
-    found = report.registers, *(round(p.instructions, 1) for p in passes)
     assert all(number <= bound for number, bound in zip(found, most, strict=True)), f"{found}, at most {most}"
 
 
-@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
-def test_blocks_with_counts_of_their_own(dtypes):
-    report = gpu_report.examine(Variant("block", dtypes, effect="freeze", own=True), "sm_90")
-    assert (report.spills, report.stack) == (0, 0)
-    widths = report.passes["wide"].widths
-    assert set(widths) == {16, 4} and widths[4] == 6  # a factor at a time, of each tile's block
-    variant = Variant("block", dtypes, effect="freeze", own=True, dims=2)
+def test_strided_blocks_with_counts_of_their_own_compile_for_amd():
+    variant = Variant("block", effect="freeze", own=True, dims=2)
     assert "amdgcn" in gpu_report.compile_variant(variant, "gfx942").asm
 
 

@@ -190,27 +190,39 @@ def update_wide(
                 mine = factors
             for w in tl.static_range(4):
                 at = first + w * 32
-                kept = kept_at(bits, w, VECTOR)
-                p_raw = load_tiles(p_ptr + at, live, None, TILES, VECTOR)
-                g = load_tiles(g_ptr + at, grad_live, 0, TILES, VECTOR).to(dtype)
-                old, states = (), ()
-                for k in tl.static_range(STATES):
-                    old = old + (load_tiles(state_ptrs[k] + at, live, None, TILES, VECTOR),)
-                    states = states + (old[k].to(dtype),)
+                factor = grad_factor
                 if GAUSSIAN_BIT & KINDS:
-                    g = g * (1 + std * noise[w])
-                g = tl.where(takes_grad(kept, effect), g * grad_factor, 0.0)
-                p, states = RULE(p_raw.to(dtype), g, states, mine)
+                    factor = (1 + std * noise[w]) * grad_factor
                 random = ()
                 if rounding is not None:
                     random = wide_random(drawn, w, VALUES, TILES)
-                # a select of the raw values: a frozen element keeps its bits, and the store its full width
-                p = tl.where(writes_param(kept, effect), stored(p, PARAM_DTYPE, random, 0), p_raw)
-                store_tiles(p_ptr + at, p, live, TILES, VECTOR)
-                for k in tl.static_range(STATES):
-                    new = stored(states[k], STATE_DTYPE, random, 1 + k)
-                    new = tl.where(writes_state(kept, effect), new, old[k])
-                    store_tiles(state_ptrs[k] + at, new, live, TILES, VECTOR)
+                update_access(
+                    p_ptr + at, g_ptr + at, state_ptrs, at, live, grad_live, kept_at(bits, w, VECTOR), effect, factor,
+                    mine, random, RULE, STATES, TILES, VECTOR, dtype,
+                )  # fmt: skip
+
+
+@triton.jit
+def update_access(
+    p_ptr, g_ptr, state_ptrs, at, live, grad_live, kept, effect, grad_factor, factors, random,
+    RULE: tl.constexpr, STATES: tl.constexpr, TILES: tl.constexpr, VECTOR: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """One access of a wide pass, at ``p_ptr`` and ``g_ptr``; the states' is at ``at``."""
+    p_raw = load_tiles(p_ptr, live, None, TILES, VECTOR)
+    g = load_tiles(g_ptr, grad_live, 0, TILES, VECTOR).to(dtype)
+    old, states = (), ()
+    for k in tl.static_range(STATES):
+        old = old + (load_tiles(state_ptrs[k] + at, live, None, TILES, VECTOR),)
+        states = states + (old[k].to(dtype),)
+    g = tl.where(takes_grad(kept, effect), g * grad_factor, 0.0)
+    p, states = RULE(p_raw.to(dtype), g, states, factors)
+    # a select of the raw values: a frozen element keeps its bits, and the store its full width
+    p = tl.where(writes_param(kept, effect), stored(p, p_ptr.dtype.element_ty, random, 0), p_raw)
+    store_tiles(p_ptr, p, live, TILES, VECTOR)
+    for k in tl.static_range(STATES):
+        new = stored(states[k], state_ptrs[k].dtype.element_ty, random, 1 + k)
+        new = tl.where(writes_state(kept, effect), new, old[k])
+        store_tiles(state_ptrs[k] + at, new, live, TILES, VECTOR)
 
 
 @triton.jit
