@@ -253,7 +253,8 @@ def main() -> None:
     parser.add_argument("--bounds", type=Path, metavar="FILE", help="write what the tests compare with, and stop")
     options = parser.parse_args()
     if options.bounds:
-        return write_bounds(options.bounds)
+        write_bounds(options.bounds)
+        return
     import triton
 
     print(f"Compiler-derived predictions (Triton {triton.__version__}); no GPU was timed.\n")
