@@ -38,6 +38,7 @@ from .tables import (
     PACKED_BIT,
     SPAN,
     STREAM_ID,
+    TILE,
 )
 
 FAR = tl.constexpr(1 << 30)  # beyond every element of a chunk, and far from the end of 32 bits
@@ -165,7 +166,7 @@ def wide_kept(kind, whole, first, packed, window, key, KINDS: tl.constexpr, TILE
 @triton.jit
 def tile_counters(first, TILES: tl.constexpr):
     """The first counter of each tile, [TILES, 1], int64. ``first``: global index, a multiple of 128."""
-    return (first >> 3) + tl.arange(0, TILES)[:, None] * 16
+    return first // TILE * 16 + tl.arange(0, TILES)[:, None] * 16
 
 
 @triton.jit
