@@ -176,9 +176,18 @@ class _ByRows(torch.autograd.Function):
         x = x.reshape(-1, x.shape[-1])
         if rows is None:
             return grad_x, (flat.t() @ x).to(weight.dtype), grad_bias, None
-        kept = flat.index_select(1, rows).t() @ x
+        kept = _product_of_rows(flat, rows, x)
         make = torch.zeros_like if all_read else torch.empty_like
         return grad_x, make(weight).index_copy_(0, rows, kept.to(weight.dtype)), grad_bias, None
+
+
+def _product_of_rows(grad: Tensor, rows: Tensor, x: Tensor) -> Tensor:
+    """``grad.t()[rows] @ x``."""
+    surplus = -len(rows) % 16 if grad.element_size() == 2 else 0
+    if not surplus:
+        return grad.index_select(1, rows).t() @ x
+    padded = torch.cat([rows, rows.new_zeros(surplus)])
+    return (grad.index_select(1, padded).t() @ x)[: len(rows)]
 
 
 class _Draws:
