@@ -300,23 +300,14 @@ class MaskedOptimizer(Optimizer):
         if self.active_state:
             compact.check_group(group)
 
-    def _check_groups(self) -> None:
-        """What only all groups together show, once for all plans of a step."""
-        seen = (
-            self._clock.draw,
-            [
-                (
-                    g["drop"],
-                    g.get("rounding"),
-                    g.get("layer"),
-                    g["capturable"],
-                    [*g.get("param_names", [])],
-                    *map(id, g["params"]),
-                )
-                for g in self.param_groups
-            ],
-        )
+    def _check_groups(self, key: tuple) -> None:
+        """Each group, and what only all together show; once for all plans of a step, of this ``key``."""
+        held = [([*group.get("param_names", [])], *map(id, group["params"])) for group in self.param_groups]
+        seen = key, self._clock.draw, self._clock.epoch, held
         if seen != self._checked:
+            for group in self.param_groups:
+                self._check_group(group)
+                self._clock.check_epoch_known(policy_of(group))
             validate.all_groups(self.param_groups)
             self._checked = seen
 
@@ -331,10 +322,7 @@ class MaskedOptimizer(Optimizer):
         groups = self.param_groups
         planned = set(map(id, params))
         every = members(groups, planned)
-        for group in groups:
-            self._check_group(group)
-            self._clock.check_epoch_known(policy_of(group))
-        self._check_groups()
+        self._check_groups(key)
         rules = [self.rule_class.of(group) for group in groups]
         check_state = compact.check_state if self.active_state else state.check
         wanted = []
