@@ -99,10 +99,10 @@ def turn_over(
         (packed if has_blocks(groups[member.group]) or stays else whole).append(member)
     changes = [change for part in _some(packed) for change in _changes(part, groups, entries, rows, seed)]
     for member in whole:
-        param, entry = member.param, entries.get(member.param, {})
+        param = member.param
         if rows[member.group][0].mask == Mask.DROP:
             _freeze(entries, param, rules[member.group], dtype_of(param))
-        elif _is_frozen(entry):
+        elif _is_frozen(entries.get(param, {})):
             del entries[param]
     changes.reverse()
     while changes:  # whose tables are let go one by one
@@ -120,9 +120,8 @@ class _Change(NamedTuple):
     """What a parameter's state comes to."""
 
     member: Member
-    active: Tensor  # its runs until now
     carried: Carried
-    states: Callable[[], Mapping[str, Tensor]]  # the rule's states until now, 1-D, of these runs
+    states: Callable[[], Mapping[str, Tensor]]  # the rule's states until now, 1-D, of these runs; none if none goes on
 
 
 def _some(members: Sequence[Member]) -> Iterator[Sequence[Member]]:
@@ -152,7 +151,8 @@ def _changes(
     now = [_runs_in(entries.get(m.param, {}), m.param, a.shard, a.block) for m, a in zip(members, asked, strict=True)]
     active, counts, states = zip(*now, strict=True)
     carried = carry(active, counts, wanted, [a.shard.numel for a in asked])
-    return [_Change(*change) for change in zip(members, active, carried, states, strict=True)]
+    of_old = [get if len(c.copies) else dict for get, c in zip(states, carried, strict=True)]  # else kept for nothing
+    return [_Change(*change) for change in zip(members, carried, of_old, strict=True)]
 
 
 def _renew(entries: dict[Tensor, Entry], change: _Change, rule: Rule, dtype: torch.dtype) -> None:
@@ -163,7 +163,7 @@ def _renew(entries: dict[Tensor, Entry], change: _Change, rule: Rule, dtype: tor
         if all([name in entry and entry[name].dtype == dtype for name in rule.states]):
             return
     new: Entry = {"step": carried.counts, ACTIVE: carried.active}
-    old: Mapping[str, Tensor] = change.states() if len(carried.copies) else {}
+    old = change.states()
     if not old:  # nothing goes on: it need not exist beside the new state
         entries.pop(param, None)
         entry = {}
