@@ -93,7 +93,8 @@ def turn_over(
     Args:
         rows, rules: the groups' in the coming step. dtype_of: of a parameter's state.
     """
-    packed, whole = [], []
+    packed: list[Member] = []
+    whole: list[Member] = []
     for member in members:
         stays = is_compact(entries.get(member.param, {})) and rows[member.group][0].mask != Mask.DROP
         (packed if has_blocks(groups[member.group]) or stays else whole).append(member)
@@ -126,7 +127,8 @@ class _Change(NamedTuple):
 
 def _some(members: Sequence[Member]) -> Iterator[Sequence[Member]]:
     """Parts of ``members`` whose tables are made at once: many small tensors, or one that is large."""
-    part, numel = [], 0
+    part: list[Member] = []
+    numel = 0
     for member in members:
         part.append(member)
         numel += local(member.param).numel()

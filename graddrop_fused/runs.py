@@ -46,12 +46,12 @@ class Asked(NamedTuple):
 
 
 class _Drawn(NamedTuple):
-    """The blocks of a tensor that a mask is drawn for: ``count`` from number ``first``."""
+    """The blocks of a tensor that a mask is drawn for: how many, from number ``first`` on."""
 
     asked: Asked
     block: int
     first: int
-    count: int
+    blocks: int
 
 
 def kept_runs(asked: Sequence[Asked], *, seed: int) -> list[Tensor]:
@@ -65,20 +65,20 @@ def kept_runs(asked: Sequence[Asked], *, seed: int) -> list[Tensor]:
         return found
     starts, places, drawn, lines = [], [], [], []
     for i in here:
-        begin, place, length = _lines(asked[i].shard)
-        block = _block(asked[i])
-        first = int(place.min()) // block
-        drawn.append(_Drawn(asked[i], block, first, (int(place.max()) + length - 1) // block + 1 - first))
+        begin, place, size = _lines(asked[i].shard)
+        per_block = _block(asked[i])
+        lowest = int(place.min()) // per_block
+        highest = (int(place.max()) + size - 1) // per_block
+        drawn.append(_Drawn(asked[i], per_block, lowest, highest + 1 - lowest))
         starts.append(begin)
         places.append(place)
-        lines.append((len(begin), length, block, first))
+        lines.append((len(begin), size, per_block, lowest))
     how_many, length, block, first = torch.tensor(lines, dtype=torch.int64, device=HOST).unbind(1)
     kept, begin_of = _kept_blocks(drawn, seed)
     runs, of_line = _runs_of_lines(
         torch.cat(starts), torch.cat(places), how_many, length, block, kept, begin_of - first
     )
-    how_many = torch.bincount(of_line, minlength=len(here)).tolist()
-    for i, part in zip(here, runs.split(how_many), strict=True):
+    for i, part in zip(here, runs.split(torch.bincount(of_line, minlength=len(here)).tolist()), strict=True):
         found[i] = part.clone()
     return found
 
@@ -130,11 +130,11 @@ def _kept_blocks(drawn: Sequence[_Drawn], seed: int) -> tuple[Tensor, Tensor]:
         row, block = (_EVERY, 1) if asked.row.mask == Mask.KEEP else (asked.row, block)
         mask = Mask.BLOCK if row.mask == Mask.BLOCK and block > 1 else Mask.ELEMENT
         integers.append([mask, Effect.FREEZE, asked.word, asked.stream_id, row.lo, row.span, block])
-    sizes = [(d.count + 31) // 32 for d in drawn]
+    sizes = [(d.blocks + 31) // 32 for d in drawn]
     words = torch.empty(sum(sizes), dtype=torch.int32, device=HOST)
     batch = Batch(
         params=[],
-        shards=[Shard((d.count,), (d.block,), d.first * d.block) for d in drawn],
+        shards=[Shard((d.blocks,), (d.block,), d.first * d.block) for d in drawn],
         integers=torch.tensor(integers, dtype=torch.int64, device=HOST).reshape(-1, len(Integer)),
         reals=torch.zeros(len(drawn), Real.columns(), dtype=torch.float64, device=HOST),
         packed=list(words.split(sizes)),
