@@ -3,6 +3,7 @@
     python -m benchmarks.full_finetuning                                    # 12 layers 384 wide, a small vocabulary
     python -m benchmarks.full_finetuning --width 768 --vocab 250002         # XLM-R Base
     python -m benchmarks.full_finetuning --only time --epoch 100            # times without a change of epoch
+    python -m benchmarks.full_finetuning --only time --batch 1 8 --runs all # and what a change of epoch takes
     python -m benchmarks.full_finetuning --p 0.5 0.75 0.9 0.95 --runs AdamW all --plots docs/memory
 
 Every run has an equal model and equal data. Ours, with effect "freeze" and masks over rows:
@@ -33,6 +34,7 @@ import importlib.util
 import json
 import random
 import shlex
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -272,6 +274,7 @@ def measure(p: float, names: list[str], options: argparse.Namespace) -> list[Res
     if options.only != "memory":
         options.runs = names
         _, update, whole = layer_skipping.measure_time(p, options, Run)
+        print_changes(whole, update, options.epoch)
     results = []
     for name in names:
         peak = None
@@ -280,6 +283,16 @@ def measure(p: float, names: list[str], options: argparse.Namespace) -> list[Res
             peak = layer_skipping.measure_memory(name, p, small, Run) / parameters(small)
         results.append(Result(name, p, peak, ratio(whole, name), ratio(update, name)))
     return results
+
+
+def print_changes(whole: Timing, update: Timing, epoch: int) -> None:
+    """What steps that begin an epoch take longer than others, where its masks come with other state."""
+    for name in {"active", "all", "all, bfloat16"} & whole.seconds.keys():
+        steps = list(enumerate(whole.seconds[name], 1))  # the first step came before
+        first, others = [t for k, t in steps if k % epoch == 0], [t for k, t in steps if k % epoch]
+        if first and others:
+            updates = (statistics.median(first) - statistics.median(others)) / update.median(BASE)
+            print(f"{name}: a change of epoch takes {updates:.1f} times AdamW's update")
 
 
 def ratio(timing: Timing | None, name: str) -> tuple[float, float, float] | None:
