@@ -165,11 +165,15 @@ def _renew(entries: dict[Tensor, Entry], change: _Change, rule: Rule, dtype: tor
         if all([name in entry and entry[name].dtype == dtype for name in rule.states]):
             return
     new: Entry = {"step": carried.counts, ACTIVE: carried.active}
+    device = local(param).device
     old = change.states()
-    if not old:  # nothing goes on: it need not exist beside the new state
-        entries.pop(param, None)
+    if not old:
+        # What ends need not exist beside the new state. Its entry stays, so that all ranks have them in one order.
+        empty = torch.empty(0, dtype=dtype, device=device)
+        steps = torch.empty(0, device=HOST)
+        entries[param] = {"step": steps, ACTIVE: no_runs(), **{name: empty.clone() for name in rule.states}}
         entry = {}
-    size, device = int(carried.active[:, 1].sum()), local(param).device
+    size = int(carried.active[:, 1].sum())
     from_, to, lengths = carried.copies.unbind(1)
     for name in rule.states:
         new[name] = torch.zeros(size, dtype=dtype, device=device)
