@@ -3,6 +3,7 @@
     python -m benchmarks.full_finetuning                                    # 12 layers 384 wide, a small vocabulary
     python -m benchmarks.full_finetuning --width 768 --vocab 250002         # XLM-R Base
     python -m benchmarks.full_finetuning --only time --epoch 100            # times without a change of epoch
+    python -m benchmarks.full_finetuning --only time --batch 1 8 --runs all # and what a change of epoch takes
     python -m benchmarks.full_finetuning --p 0.5 0.75 0.9 0.95 --runs AdamW all --plots docs/memory
 
 Every run has an equal model and equal data. Ours, with effect "freeze" and masks over rows:
@@ -33,6 +34,7 @@ import importlib.util
 import json
 import random
 import shlex
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -272,6 +274,7 @@ def measure(p: float, names: list[str], options: argparse.Namespace) -> list[Res
     if options.only != "memory":
         options.runs = names
         _, update, whole = layer_skipping.measure_time(p, options, Run)
+        print_changes(whole, update, options.epoch)
     results = []
     for name in names:
         peak = None
@@ -282,6 +285,16 @@ def measure(p: float, names: list[str], options: argparse.Namespace) -> list[Res
     return results
 
 
+def print_changes(whole: Timing, update: Timing, epoch: int) -> None:
+    """What steps that begin an epoch take longer than others, where its masks come with other state."""
+    for name in {"active", "all", "all, bfloat16"} & whole.seconds.keys():
+        steps = list(enumerate(whole.seconds[name], 1))  # the first step came before
+        first, others = [t for k, t in steps if k % epoch == 0], [t for k, t in steps if k % epoch]
+        if first and others:
+            updates = (statistics.median(first) - statistics.median(others)) / update.median(BASE)
+            print(f"{name}: a change of epoch takes {updates:.1f} times AdamW's update")
+
+
 def ratio(timing: Timing | None, name: str) -> tuple[float, float, float] | None:
     return timing.ratio(name, to=BASE) if timing else None
 
@@ -289,6 +302,16 @@ def ratio(timing: Timing | None, name: str) -> tuple[float, float, float] | None
 def parameters(options: argparse.Namespace) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in layer_skipping.model(options).parameters())
+
+
+def joined(results: list[Result], files: list[Path]) -> list[Result]:
+    """``results``, and what earlier commands wrote by --out of the same runs and of others."""
+    found = {(r.run, r.p): r for r in results}
+    for earlier in (Result(**entry) for file in files for entry in json.loads(file.read_text())):
+        r = found.setdefault((earlier.run, earlier.p), earlier)
+        r.bytes_per_parameter = r.bytes_per_parameter or earlier.bytes_per_parameter
+        r.step, r.update = r.step or earlier.step, r.update or earlier.update
+    return list(found.values())
 
 
 def table(results: list[Result]) -> str:
@@ -304,7 +327,7 @@ def table(results: list[Result]) -> str:
 
 
 def plots(results: list[Result], folder: Path) -> list[Path]:
-    """memory-time.png: every run at its largest p; growth.png: "all" over p. Returns what it wrote."""
+    """memory-time.png: all runs at the p that most have; growth.png: "all" over p. Returns what it wrote."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -312,7 +335,7 @@ def plots(results: list[Result], folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     complete = [r for r in results if r.bytes_per_parameter is not None and r.step is not None]
-    most = max(r.p for r in complete)
+    most = statistics.mode(sorted((r.p for r in complete), reverse=True))
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for r in (r for r in complete if r.p == most):
         middle, low, high = r.step
@@ -331,7 +354,7 @@ def plots(results: list[Result], folder: Path) -> list[Path]:
     figure.savefig(folder / "memory-time.png", dpi=110)
     plt.close(figure)
 
-    over_p = [r for r in complete if r.run == "all"]
+    over_p = sorted((r for r in complete if r.run == "all"), key=lambda r: r.p)
     if len(over_p) < 2:
         return [folder / "memory-time.png"]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -353,6 +376,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--epoch", type=int, default=2, help="steps between two changes of what is trained")
     p.add_argument("--memory-batch", type=int, nargs=2, default=[1, 8], metavar=("SEQUENCES", "TOKENS"))
     p.add_argument("--plots", type=Path, metavar="FOLDER", help="write memory-time.png and growth.png")
+    p.add_argument("--add", type=Path, nargs="+", default=[], metavar="FILE", help="of --out, for the plots as well")
     p.add_argument("--report", type=Path, metavar="FILE", help="Markdown file that takes tables and plots")
     p.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
     return p
@@ -374,7 +398,7 @@ def main(argv: list[str] | None = None) -> None:
         print(tables[-1], "\n", flush=True)
     if options.out:
         options.out.write_text(json.dumps([vars(r) for r in results], indent=1) + "\n")
-    written = plots(results, options.plots) if options.plots else []
+    written = plots(joined(results, options.add), options.plots) if options.plots else []
     if options.report:
         state = f"{machine()}, {parameters(options):,} parameters, {options.steps} steps. By"
         command = f"`python -m benchmarks.full_finetuning {shlex.join(sys.argv[1:] if argv is None else argv)}`:"

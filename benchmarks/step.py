@@ -14,7 +14,7 @@ import argparse
 import torch
 
 from benchmarks import cases, harness, populations, report, run
-from benchmarks.ours import DRAWN, FLOOR, FROZEN_BLOCKS, LOWER_LEVELS, NO_MASK, PACKED
+from benchmarks.ours import DRAWN, FLOOR, FROZEN_BLOCKS, LOWER_LEVELS, NO_MASK, PACKED, ROUNDED
 from benchmarks.peers import BASE, COMPOSED
 from benchmarks.results import CaseResult
 from graddrop_fused import cpu
@@ -36,6 +36,8 @@ def main():
     dtype = getattr(torch, options.dtype)
     state_dtype = getattr(torch, options.state_dtype or options.dtype)
     names = [DRAWN, PACKED, NO_MASK, FROZEN_BLOCKS, *LOWER_LEVELS]
+    if dtype == torch.bfloat16:
+        names.insert(1, ROUNDED)
     if state_dtype != dtype:
         names = [base := cases.MIXED[0], *names]
     else:
@@ -66,6 +68,8 @@ def main():
     print(report.table(found))
     if found.has(COMPOSED, DRAWN):
         print(f"\n{COMPOSED} / {DRAWN}: {found.ratio(COMPOSED, DRAWN)[0]:.1f}")
+    if found.has(ROUNDED, DRAWN):
+        print("\n{} / {}: {:.2f} ({:.2f} to {:.2f})".format(ROUNDED, DRAWN, *found.ratio(ROUNDED, DRAWN)))
     parser.exit(1 if result.red else 0)
 
 

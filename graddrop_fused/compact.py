@@ -11,9 +11,9 @@ When another mask comes, what is active before and after takes its moments and i
 itself what it is for, whatever masks come next.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from .contract import Effect, Integer, Mask, Real, Runs, Shard
 from .groups import Group, Member, block_of, effect_of, policy_of
 from .policies import Row
 from .rules import Rule
-from .runs import HOST, carry, copy_runs, elements, kept_runs, no_runs, runs_of
+from .runs import HOST, Asked, Carried, carry, copy_runs, elements, kept_runs, no_runs, runs_of
 from .shards import is_dtensor, like, local
 from .state import Entry
 from .tables import GroupStep, HostTables, Kind
@@ -76,35 +76,110 @@ def has_blocks(group: Mapping[str, Any]) -> bool:
 
 
 def turn_over(
-    member: Member,
-    group: Group,
+    members: Sequence[Member],
+    groups: Sequence[Group],
     entries: dict[Tensor, Entry],
-    row: Row,
-    word: int,
-    rule: Rule,
-    dtype: torch.dtype,
+    rows: Sequence[tuple[Row, int]],
+    rules: Sequence[Rule],
+    dtype_of: Callable[[Tensor], torch.dtype],
     seed: int,
 ) -> None:
-    """Give a parameter the state that its mask of the coming step wants. Doing it again changes nothing.
+    """Give parameters the state that their masks of the coming step want. Doing it again changes nothing.
 
-    An ordinary entry of an active parameter is left to state.adopt().
+    Ordinary entries of active parameters are left to state.adopt(). All but allocating new state comes before anything
+    changes. Where memory runs out in between, every parameter has state that says of itself what it is for, and a step
+    that is taken again goes on from there.
 
     Args:
-        row, word: its group's in the coming step.
+        rows, rules: the groups' in the coming step. dtype_of: of a parameter's state.
     """
-    param, entry = member.param, entries.get(member.param, {})
-    if has_blocks(group) or (is_compact(entry) and row.mask != Mask.DROP):
-        shard, block = member.shard(), block_of(group, param)
-        wanted = kept_runs(shard, block, row, word, seed=seed, stream_id=member.stream_id)
-        if len(wanted) or is_dtensor(param):
-            new = _carried(entry, param, rule, dtype, wanted, shard, block)
-            entries[param] = new if has_blocks(group) else _ordinary(new, param)
-        else:
+    packed: list[Member] = []
+    whole: list[Member] = []
+    for member in members:
+        stays = is_compact(entries.get(member.param, {})) and rows[member.group][0].mask != Mask.DROP
+        (packed if has_blocks(groups[member.group]) or stays else whole).append(member)
+    changes = [change for part in _some(packed) for change in _changes(part, groups, entries, rows, seed)]
+    for member in whole:
+        param = member.param
+        if rows[member.group][0].mask == Mask.DROP:
+            _freeze(entries, param, rules[member.group], dtype_of(param))
+        elif _is_frozen(entries.get(param, {})):
+            del entries[param]
+    changes.reverse()
+    while changes:  # whose tables are let go one by one
+        change = changes.pop()
+        param, group = change.member.param, change.member.group
+        if not len(change.carried.active) and not is_dtensor(param):
             entries.pop(param, None)
-    elif row.mask == Mask.DROP:
-        _freeze(entries, param, rule, dtype)
-    elif _is_frozen(entry):
-        del entries[param]
+            continue
+        _renew(entries, change, rules[group], dtype_of(param))
+        if not has_blocks(groups[group]):
+            entries[param] = _ordinary(entries[param], param)
+
+
+class _Change(NamedTuple):
+    """What a parameter's state comes to."""
+
+    member: Member
+    carried: Carried
+    states: Callable[[], Mapping[str, Tensor]]  # the rule's states until now, 1-D, of these runs; none if none goes on
+
+
+def _some(members: Sequence[Member]) -> Iterator[Sequence[Member]]:
+    """Parts of ``members`` whose tables are made at once: many small tensors, or one that is large."""
+    part: list[Member] = []
+    numel = 0
+    for member in members:
+        part.append(member)
+        numel += local(member.param).numel()
+        if numel > 1 << 24:
+            yield part
+            part, numel = [], 0
+    if part:
+        yield part
+
+
+def _changes(
+    members: Sequence[Member],
+    groups: Sequence[Group],
+    entries: Mapping[Tensor, Entry],
+    rows: Sequence[tuple[Row, int]],
+    seed: int,
+) -> list[_Change]:
+    asked = [
+        Asked(m.shard(), block_of(groups[m.group], m.param), *rows[m.group], stream_id=m.stream_id) for m in members
+    ]
+    wanted = kept_runs(asked, seed=seed)
+    now = [_runs_in(entries.get(m.param, {}), m.param, a.shard, a.block) for m, a in zip(members, asked, strict=True)]
+    active, counts, states = zip(*now, strict=True)
+    carried = carry(active, counts, wanted, [a.shard.numel for a in asked])
+    of_old = [get if len(c.copies) else dict for get, c in zip(states, carried, strict=True)]  # else kept for nothing
+    return [_Change(*change) for change in zip(members, carried, of_old, strict=True)]
+
+
+def _renew(entries: dict[Tensor, Entry], change: _Change, rule: Rule, dtype: torch.dtype) -> None:
+    """Put compact state over the runs of now into ``entries``, with what is carried along, unless it is that."""
+    param, carried = change.member.param, change.carried
+    entry = entries.get(param, {})
+    if is_compact(entry) and torch.equal(carried.active[:, :2], entry[ACTIVE][:, :2]):
+        if all([name in entry and entry[name].dtype == dtype for name in rule.states]):
+            return
+    new: Entry = {"step": carried.counts, ACTIVE: carried.active}
+    device = local(param).device
+    old = change.states()
+    if not old:
+        # What ends need not exist beside the new state. Its entry stays, so that all ranks have them in one order.
+        empty = torch.empty(0, dtype=dtype, device=device)
+        steps = torch.empty(0, device=HOST)
+        entries[param] = {"step": steps, ACTIVE: no_runs(), **{name: empty.clone() for name in rule.states}}
+        entry = {}
+    size = int(carried.active[:, 1].sum())
+    from_, to, lengths = carried.copies.unbind(1)
+    for name in rule.states:
+        new[name] = torch.zeros(size, dtype=dtype, device=device)
+        if old.get(name) is not None:
+            copy_runs(new[name], to, old[name], from_, lengths)
+    entries[param] = new
 
 
 def _freeze(entries: dict[Tensor, Entry], param: Tensor, rule: Rule, dtype: torch.dtype) -> None:
@@ -120,40 +195,28 @@ def _is_frozen(entry: Mapping[str, Any]) -> bool:
     return bool(entry) and not is_compact(entry) and isinstance(entry["step"], Tensor) and not entry["step"].numel()
 
 
-def _carried(
-    entry: Entry, param: Tensor, rule: Rule, dtype: torch.dtype, wanted: Tensor, shard: Shard, block: int
-) -> Entry:
-    """Compact state over the runs ``wanted``, with what ``entry`` has of them; ``entry`` itself if it is that."""
-    active, counts, old = _runs_in(entry, param, shard, block)
-    device = local(param).device
-    carried = carry(active, counts, wanted)
-    if is_compact(entry) and torch.equal(carried.active[:, :2], active[:, :2]):
-        same = [old.get(name) is not None and old[name].dtype == dtype for name in rule.states]
-        if all(same):
-            return entry
-    new: Entry = {"step": carried.counts, ACTIVE: carried.active}
-    size = int(carried.active[:, 1].sum())
-    from_, to, lengths = carried.copies.unbind(1)
-    for name in rule.states:
-        new[name] = torch.zeros(size, dtype=dtype, device=device)
-        if old.get(name) is not None:
-            copy_runs(new[name], to, old[name], from_, lengths)
-    return new
-
-
-def _runs_in(entry: Entry, param: Tensor, shard: Shard, block: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The active runs of any state, their step counts, and the rule's states as 1-D tensors."""
+def _runs_in(
+    entry: Entry, param: Tensor, shard: Shard, block: int
+) -> tuple[Tensor, Tensor, Callable[[], Mapping[str, Tensor]]]:
+    """The active runs of any state, their step counts, and what gives the rule's states as 1-D tensors."""
     if not entry or _is_frozen(entry):
-        return no_runs(), torch.zeros(0, device=HOST), {}
+        return no_runs(), torch.zeros(0, device=HOST), dict
     if is_compact(entry):
-        return entry[ACTIVE], entry["step"], entry
-    flat = {name: local(t).reshape(-1) for name, t in entry.items() if name not in ("step", block_steps.NAME)}
+        return entry[ACTIVE], entry["step"], lambda: entry
+
+    def flat() -> dict[str, Tensor]:
+        return {name: local(t).reshape(-1) for name, t in entry.items() if name not in ("step", block_steps.NAME)}
+
     of_blocks = entry.get(block_steps.NAME)
     places = shard.at(torch.arange(shard.numel, device=HOST)) // block if of_blocks is not None else no_runs()
     if of_blocks is not None and (not len(places) or int(places.max()) < len(of_blocks)):
         active, counts = runs_of(of_blocks.to(HOST)[places])  # what never stepped has moments of zero
-        stepped = elements(active[:, 0], active[:, 1]).to(local(param).device)
-        return active, counts, {name: t[stepped] for name, t in flat.items()}
+
+        def stepped() -> dict[str, Tensor]:
+            where = elements(active[:, 0], active[:, 1]).to(local(param).device)
+            return {name: t[where] for name, t in flat().items()}
+
+        return active, counts, stepped
     whole = torch.tensor([[0, shard.numel, 0]], dtype=torch.int64, device=HOST) if shard.numel else no_runs()
     return whole, torch.as_tensor(entry["step"], device=HOST).float().reshape(1), flat
 

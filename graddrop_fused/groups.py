@@ -1,7 +1,7 @@
 """Param groups as masks see them: members and their stream ids, layers, policies and effects, the user's own masks."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,15 +43,22 @@ class Member:
             raise ValueError(f"parameter {self.called} {error}") from None
 
 
-def members(groups: Sequence[Mapping[str, Any]]) -> list[Member]:
-    """All parameters in order over all groups. Raises ValueError on names with colliding stream ids."""
+def members(groups: Sequence[Mapping[str, Any]], only: Container[int] | None = None) -> list[Member]:
+    """All parameters in order over all groups. Raises ValueError on names with colliding stream ids.
+
+    ``only``: ids of those that are asked for, of groups whose names are known to be distinct.
+    """
     found: list[Member] = []
+    before = 0
     for g, group in enumerate(groups):
         names = group.get("param_names", [None] * len(group["params"]))
         for index, (param, name) in enumerate(zip(group["params"], names, strict=True)):
-            number = len(found) if name is None else stream_id(name)
-            found.append(Member(param, g, index, name, number))
-    check_distinct("parameters", ((m.given_name or f"number {i}", m.stream_id) for i, m in enumerate(found)))
+            if only is None or id(param) in only:
+                number = before + index if name is None else stream_id(name)
+                found.append(Member(param, g, index, name, number))
+        before += len(group["params"])
+    if only is None:
+        check_distinct("parameters", ((m.given_name or f"number {i}", m.stream_id) for i, m in enumerate(found)))
     return found
 
 

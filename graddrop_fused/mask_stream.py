@@ -241,8 +241,11 @@ def unpack_mask(words: Tensor, shape: Sequence[int]) -> Tensor:
     count = (numel + 31) // 32
     if words.dim() != 1 or words.numel() != count:
         raise ValueError(f"words must have shape ({count},) for a mask of {tuple(shape)}, got {tuple(words.shape)}")
+    if numel <= 1 << 16:  # few calls, where they are what takes time
+        lanes = torch.arange(32, dtype=torch.int32, device=words.device)
+        return ((words.unsqueeze(1) >> lanes) & 1 != 0).reshape(-1)[:numel].reshape(tuple(shape))
     mask = torch.empty(words.numel() * 32, dtype=torch.bool, device=words.device)
-    for lane in range(32):
+    for lane in range(32):  # no temporary of 32 times the words
         mask[lane::32] = (words >> lane) & 1 != 0
     return mask[:numel].reshape(tuple(shape))
 

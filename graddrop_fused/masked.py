@@ -58,6 +58,7 @@ class MaskedOptimizer(Optimizer):
         self.state_dtype = state_dtype
         self.active_state = active_state
         self._asked: tuple[tuple, HostNumbers] | None = None  # groups' numbers for the key of active states
+        self._checked: tuple | None = None  # what the groups were when they were last looked at as a whole
         self._clock = Clock(seed, steps_per_epoch)
         self._plan: Plan | None = None
         self._device_numbers: dict[torch.device, DeviceNumbers] = {}
@@ -301,6 +302,17 @@ class MaskedOptimizer(Optimizer):
         if self.active_state:
             compact.check_group(group)
 
+    def _check_groups(self, key: tuple) -> None:
+        """Each group, and what only all together show; once for all plans of a step, of this ``key``."""
+        held = [([*group.get("param_names", [])], *map(id, group["params"])) for group in self.param_groups]
+        seen = key, self._clock.draw, self._clock.epoch, held
+        if seen != self._checked:
+            for group in self.param_groups:
+                self._check_group(group)
+                self._clock.check_epoch_known(policy_of(group))
+            validate.all_groups(self.param_groups)
+            self._checked = seen
+
     def _make_plan(
         self,
         key: tuple,
@@ -311,11 +323,8 @@ class MaskedOptimizer(Optimizer):
     ) -> Plan:
         groups = self.param_groups
         planned = set(map(id, params))
-        every = [member for member in members(groups) if id(member.param) in planned]
-        for group in groups:
-            self._check_group(group)
-            self._clock.check_epoch_known(policy_of(group))
-        validate.all_groups(groups)
+        every = members(groups, planned)
+        self._check_groups(key)
         rules = [self.rule_class.of(group) for group in groups]
         check_state = compact.check_state if self.active_state else state.check
         wanted = []
@@ -373,24 +382,22 @@ class MaskedOptimizer(Optimizer):
         for i in positions:
             if compact.has_blocks(groups[every[i].group]):
                 compact.choose(self.backend, every[i].param)  # raises before anything changes
+        dtype_of = partial(state.dtype_of, state_dtype=self.state_dtype)
+        compact.turn_over([every[i] for i in positions], groups, self.state, rows, rules, dtype_of, self.seed)
         ordinary, packed = [], []
         for i in positions:
             member = every[i]
-            dtype = state.dtype_of(member.param, self.state_dtype)
-            row, rule = rows[member.group], rules[member.group]
-            compact.turn_over(member, groups[member.group], self.state, *row, rule, dtype, self.seed)
             entry = self.state.get(member.param, {})
             if compact.is_compact(entry):
                 packed += [i] if len(entry[compact.ACTIVE]) else []
-            elif row[0].mask != Mask.DROP and not compact.has_blocks(groups[member.group]):
+            elif rows[member.group][0].mask != Mask.DROP and not compact.has_blocks(groups[member.group]):
                 ordinary.append(i)
         return ordinary, packed
 
     def _turn_over_idle(self, key: tuple, params: list[Tensor]) -> None:
         """The same for parameters that the step does not update: frozen ones lose what state they have."""
         rules = [self.rule_class.of(group) for group in self.param_groups]
-        idle = {id(p) for p in params if p in self.state}
-        every = [member for member in members(self.param_groups) if id(member.param) in idle]
+        every = members(self.param_groups, {id(p) for p in params if p in self.state})
         self._turn_over(key, every, list(range(len(every))), rules)
 
     def _clear(self) -> None:
@@ -495,7 +502,7 @@ class MaskedOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_switched_off", set())
         self.__dict__.setdefault("active_state", False)
-        self._asked = None
+        self._asked = self._checked = None
         self._device_numbers = {}
         self._plan = None
         self._inside_backward = None

@@ -1,6 +1,7 @@
 """From names to stream ids: what makes a parameter's masks its own, whatever wraps or shards the model."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 from hashlib import blake2b
 
 ID_BITS = 52
@@ -26,6 +27,7 @@ def numbered_block(name: str) -> str | None:
     return None if end is None else ".".join(path[: end + 1])
 
 
+@lru_cache(1 << 14)  # asked for by every plan, and a model has few names
 def stream_id(name: str) -> int:
     """The id of a parameter or layer in the mask stream: 52 bits of BLAKE2b of its canonical name in UTF-8."""
     digest = blake2b(canonical_name(name).encode(), digest_size=8).digest()

@@ -1,13 +1,14 @@
-"""Dropped rows cost no product: with block="row", weight gradients of nn.Linear for kept rows only."""
+"""Dropped rows cost nothing: with block="row", weight gradients of nn.Linear and nn.Embedding for kept rows only."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -27,13 +28,13 @@ HOST = torch.device("cpu")
 def skip_dropped_rows(model: nn.Module, optimizer: Optimizer) -> "SkippedRows":
     """Compute weight gradients of kept rows only, where a policy with ``block="row"`` drops whole rows.
 
-    A row is an output feature of an nn.Linear. Its gradient reads as zero if the coming step drops it; the trajectory
-    is the same up to the rounding of a smaller matrix product. All else of backward stays as it is: activations must
-    be kept and their gradients computed.
+    A row is an output feature of an nn.Linear, or an entry of an nn.Embedding. Its gradient reads as zero if the coming
+    step drops it; the trajectory is the same up to the rounding of a smaller matrix product. All else of backward stays
+    as it is: activations must be kept and their gradients computed.
 
     Left alone are weights that several modules share, that have hooks or a parametrisation, that are DTensors (FSDP2,
-    tensor parallelism), and modules of any other class than nn.Linear, or with a forward of their own. Under
-    torch.compile all rows are computed.
+    tensor parallelism), and modules of any other class than nn.Linear and nn.Embedding, with a forward of their own, or
+    with an nn.Embedding's max_norm, scale_grad_by_freq or sparse. Under torch.compile all rows are computed.
 
     The trajectory is not the same where something looks at all gradients before the step: clip_grad_norm_ and
     GradScaler see kept rows only.
@@ -48,7 +49,7 @@ def skip_dropped_rows(model: nn.Module, optimizer: Optimizer) -> "SkippedRows":
     Raises:
         TypeError: on another optimizer. ValueError: if no group has a policy with ``block="row"``; if one that has is
             capturable or of effect="update", whose moments take the unmasked gradient; if none of the model's
-            nn.Linear can do with fewer rows; if the model is a DataParallel. RuntimeError: from the step of another
+            modules can do with fewer rows; if the model is a DataParallel. RuntimeError: from the step of another
             optimizer, if rows of its parameters' gradients were left out.
     """
     return SkippedRows(model, unwrap(optimizer))
@@ -62,7 +63,7 @@ class SkippedRows:
             rows are computed. None always skips. Nobody tells a callback that its loop was interrupted.
 
     Attributes:
-        modules: the nn.Linear modules whose gradients are computed by rows.
+        modules: the nn.Linear and nn.Embedding modules whose gradients are computed by rows.
     """
 
     def __init__(self, model: nn.Module, optimizer: MaskedOptimizer, within: FrameType | None = None):
@@ -71,8 +72,8 @@ class SkippedRows:
         self.modules = _suitable(model, optimizer)
         if not self.modules:
             raise ValueError(
-                "model must have an nn.Linear whose weight is a plain tensor of its own, under a policy with "
-                f"block='row', got {type(model).__name__}, where no weight gradient can do with fewer rows"
+                "model must have an nn.Linear or nn.Embedding whose weight is a plain tensor of its own, under a "
+                f"policy with block='row', got {type(model).__name__}, where no weight gradient can do with fewer rows"
             )
         self._optimizer = optimizer
         self._loop = TrainingLoop(within)
@@ -117,13 +118,17 @@ class SkippedRows:
 
 
 class _Call(StandIn):
-    """Stands in for the call of one nn.Linear; its forward is another while it runs, so that hooks run as ever."""
+    """Stands in for the call of one module; its forward is another while it runs, so that hooks run as ever."""
 
-    def __init__(self, handle: SkippedRows, module: nn.Linear):
+    def __init__(self, handle: SkippedRows, module: nn.Linear | nn.Embedding):
         self.handle = handle
-        weight = module.weight
-        self.weight = weight
-        self.forward = lambda x: _ByRows.apply(x, weight, module.bias, lambda: handle.rows(weight))
+        self.weight = weight = module.weight
+        rows_of = partial(handle.rows, weight)
+        self.forward: Callable[[Tensor], Any]
+        if isinstance(module, nn.Linear):
+            self.forward = lambda x: _ByRows.apply(x, weight, module.bias, rows_of)
+        else:
+            self.forward = lambda ids: _EmbeddingByRows.apply(ids, weight, module.padding_idx, rows_of)
         super().__init__(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,9 +181,49 @@ class _ByRows(torch.autograd.Function):
         x = x.reshape(-1, x.shape[-1])
         if rows is None:
             return grad_x, (flat.t() @ x).to(weight.dtype), grad_bias, None
-        kept = flat.index_select(1, rows).t() @ x
+        kept = _product_of_rows(flat, rows, x)
         make = torch.zeros_like if all_read else torch.empty_like
         return grad_x, make(weight).index_copy_(0, rows, kept.to(weight.dtype)), grad_bias, None
+
+
+class _EmbeddingByRows(torch.autograd.Function):
+    """nn.Embedding likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding_idx: int | None, rows_of: Callable) -> Tensor:
+        ctx.padding_idx, ctx.rows_of = padding_idx, rows_of
+        ctx.save_for_backward(ids, weight)
+        return embedding(ids, weight, padding_idx)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ids, weight = ctx.saved_tensors
+        padding = -1 if ctx.padding_idx is None else ctx.padding_idx
+        rows, all_read = ctx.rows_of()
+        if rows is None:
+            return None, torch.ops.aten.embedding_dense_backward(grad, ids, len(weight), padding, False), None, None
+        flat, ids = grad.reshape(-1, grad.shape[-1]), ids.reshape(-1).long()
+        kept = _are_in(ids, rows) & (ids != padding)
+        used, place = ids[kept].unique(return_inverse=True)
+        sums = torch.ops.aten.embedding_dense_backward(flat[kept], place, len(used), -1, False)
+        found = torch.zeros_like(weight) if all_read else torch.empty_like(weight).index_fill_(0, rows, 0)
+        return None, found.index_copy_(0, used, sums), None, None
+
+
+def _are_in(ids: Tensor, rows: Tensor) -> Tensor:
+    """``torch.isin``, which would sort all ``rows``; they ascend."""
+    if not len(rows):
+        return torch.zeros_like(ids, dtype=torch.bool)
+    return rows[torch.searchsorted(rows, ids).clamp_(max=len(rows) - 1)] == ids
+
+
+def _product_of_rows(grad: Tensor, rows: Tensor, x: Tensor) -> Tensor:
+    """``grad.t()[rows] @ x``."""
+    surplus = -len(rows) % 16 if grad.element_size() == 2 else 0
+    if not surplus:
+        return grad.index_select(1, rows).t() @ x
+    padded = torch.cat([rows, rows.new_zeros(surplus)])
+    return (grad.index_select(1, padded).t() @ x)[: len(rows)]
 
 
 class _Draws:
@@ -266,7 +311,7 @@ class _RowMasks:
         }
 
 
-def _suitable(model: nn.Module, optimizer: MaskedOptimizer) -> list[nn.Linear]:
+def _suitable(model: nn.Module, optimizer: MaskedOptimizer) -> list[nn.Linear | nn.Embedding]:
     by_rows = {p for group in optimizer.param_groups if _drops_rows(group) for p in group["params"]}
     owners: dict[Tensor, int] = {}
     for module in model.modules():
@@ -276,7 +321,7 @@ def _suitable(model: nn.Module, optimizer: MaskedOptimizer) -> list[nn.Linear]:
     return [
         module
         for module in model.modules()
-        if type(module) is nn.Linear
+        if (type(module) is nn.Linear or (type(module) is nn.Embedding and _is_plain(module)))
         and type(module.weight) is nn.Parameter
         and module.weight in by_rows
         and owners[module.weight] == 1
@@ -284,6 +329,10 @@ def _suitable(model: nn.Module, optimizer: MaskedOptimizer) -> list[nn.Linear]:
         and not _hooked(module.weight)
         and "forward" not in module.__dict__
     ]
+
+
+def _is_plain(module: nn.Embedding) -> bool:
+    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
 
 
 def _has_rows(param: Tensor) -> bool:

@@ -4,6 +4,8 @@ A table of active runs is int64 of shape (runs, 3) on the host, in ascending ord
 tensor's row-major order, the length, and which of the parameter's step counts is the run's.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,10 @@ from .layout import collapse
 from .policies import Row
 
 HOST = torch.device("cpu")
+_EVERY = Row(Mask.BLOCK)
+_WHOLE = 2**62  # a block that has every tensor in it
+_ZERO = torch.zeros(1, dtype=torch.int64, device=HOST)
+_FIRST = _ZERO  # the only line of a tensor
 
 
 class Carried(NamedTuple):
@@ -29,84 +35,184 @@ def no_runs() -> Tensor:
     return torch.zeros(0, 3, dtype=torch.int64, device=HOST)
 
 
-def kept_runs(shard: Shard, block: int, row: Row, word: int, *, seed: int, stream_id: int) -> Tensor:
-    """The longest runs that ``row`` keeps, (runs, 2): first local element and length.
+class Asked(NamedTuple):
+    """A tensor, and the mask whose runs are asked for."""
+
+    shard: Shard
+    block: int
+    row: Row
+    word: int
+    stream_id: int
+
+
+class _Drawn(NamedTuple):
+    """The blocks of a tensor that a mask is drawn for: how many, from number ``first`` on."""
+
+    asked: Asked
+    block: int
+    first: int
+    blocks: int
+
+
+def kept_runs(asked: Sequence[Asked], *, seed: int) -> list[Tensor]:
+    """Of each tensor the longest runs that its row keeps, (runs, 2): first local element and length.
 
     The elements of a run are consecutive in the whole parameter, too. Cost and memory go with the number of blocks.
     """
-    if row.mask == Mask.DROP or not shard.numel:
-        return no_runs()[:, :2]
-    starts, length = _lines(shard)
-    places = shard.at(starts)
-    if row.mask != Mask.KEEP:
-        block = block if row.mask == Mask.BLOCK else 1
-        begins, ends = places // block, (places + length - 1) // block + 1
-        first, stop = int(begins.min()), int(ends.max())
-        kept = _kept_blocks(first, stop - first, block, row, word, seed, stream_id)
-        counts = ends - begins
-        line, number = torch.repeat_interleave(counts), elements(begins, counts)
-        chosen = kept[number - first]
-        line, number = line[chosen], number[chosen]
-        from_ = torch.maximum(number * block, places[line])
-        lengths = torch.minimum((number + 1) * block, places[line] + length) - from_
-        starts, places = starts[line] + from_ - places[line], from_
-    else:
-        lengths = torch.full_like(starts, length)
+    here = [i for i, a in enumerate(asked) if a.row.mask != Mask.DROP and a.shard.numel]
+    found = [no_runs()[:, :2]] * len(asked)
+    if not here:
+        return found
+    starts, places, drawn, lines = [], [], [], []
+    for i in here:
+        begin, place, size = _lines(asked[i].shard)
+        per_block = _block(asked[i])
+        lowest = int(place.min()) // per_block
+        highest = (int(place.max()) + size - 1) // per_block
+        drawn.append(_Drawn(asked[i], per_block, lowest, highest + 1 - lowest))
+        starts.append(begin)
+        places.append(place)
+        lines.append((len(begin), size, per_block, lowest))
+    how_many, length, block, first = torch.tensor(lines, dtype=torch.int64, device=HOST).unbind(1)
+    kept, begin_of = _kept_blocks(drawn, seed)
+    runs, of_line = _runs_of_lines(
+        torch.cat(starts), torch.cat(places), how_many, length, block, kept, begin_of - first
+    )
+    for i, part in zip(here, runs.split(torch.bincount(of_line, minlength=len(here)).tolist()), strict=True):
+        found[i] = part.clone()
+    return found
+
+
+def _runs_of_lines(
+    starts: Tensor, places: Tensor, how_many: Tensor, length: Tensor, block: Tensor, kept: Tensor, begin_of: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(runs, 2), and the tensor of each. Columns: ``starts`` and ``places`` of lines, from ``how_many`` on of tensors.
+
+    ``begin_of``: where in ``kept`` a tensor's block 0 would stand.
+    """
+    tensor = torch.repeat_interleave(how_many)
+    length, block = length[tensor], block[tensor]
+    begins, ends = places // block, (places + length - 1) // block + 1
+    counts = ends - begins
+    line, number = torch.repeat_interleave(counts), elements(begins, counts)
+    chosen = kept[begin_of[tensor][line] + number]
+    line, number = line[chosen], number[chosen]
+    tensor, length, block, places = tensor[line], length[line], block[line], places[line]
+    from_ = torch.maximum(number * block, places)
+    ends = torch.minimum(number * block + block, places + length)
+    starts, lengths = starts[line] + from_ - places, ends - from_
     begins_run = torch.ones(len(starts), dtype=torch.bool, device=HOST)
-    begins_run[1:] = (starts[1:] != (starts + lengths)[:-1]) | (places[1:] != (places + lengths)[:-1])
-    return torch.stack([starts[begins_run], _sums(lengths, begins_run)], 1)
+    begins_run[1:] = (starts[1:] != (starts + lengths)[:-1]) | (from_[1:] != ends[:-1]) | (tensor[1:] != tensor[:-1])
+    return torch.stack([starts[begins_run], _sums(lengths, begins_run)], 1), tensor[begins_run]
 
 
-def _lines(shard: Shard) -> tuple[Tensor, int]:
-    """Where in the local tensor stretches begin in which local and global index go in step, and their length."""
+def _block(asked: Asked) -> int:
+    """Elements that share a decision."""
+    if asked.row.mask == Mask.KEEP:
+        return _WHOLE
+    return asked.block if asked.row.mask == Mask.BLOCK else 1
+
+
+def _lines(shard: Shard) -> tuple[Tensor, Tensor, int]:
+    """Stretches in which local and global index go in step: where they begin, locally and globally, and how long."""
     sizes, strides, _ = collapse(shard, Shard.whole(shard.shape).strides)
     length = sizes[-1] if sizes and strides[-1] == 1 else 1
-    return torch.arange(0, shard.numel, length, device=HOST), length
+    if length == shard.numel:
+        return _FIRST, torch.tensor([shard.offset], dtype=torch.int64, device=HOST), length
+    starts = torch.arange(0, shard.numel, length, device=HOST)
+    return starts, shard.at(starts), length
 
 
-def _kept_blocks(first: int, count: int, block: int, row: Row, word: int, seed: int, stream_id: int) -> Tensor:
-    """Decisions of ``count`` blocks from number ``first``: bool. A block is drawn as its first element is."""
-    mask = Mask.BLOCK if row.mask == Mask.BLOCK and block > 1 else Mask.ELEMENT
-    numbers = [mask, Effect.FREEZE, word, stream_id, row.lo, row.span, block]
-    words = torch.empty((count + 31) // 32, dtype=torch.int32, device=HOST)
+def _kept_blocks(drawn: Sequence[_Drawn], seed: int) -> tuple[Tensor, Tensor]:
+    """Decisions, bool, and where each tensor's begin. A block is drawn as its first element is."""
+    integers = []
+    for asked, block, _, _ in drawn:
+        row, block = (_EVERY, 1) if asked.row.mask == Mask.KEEP else (asked.row, block)
+        mask = Mask.BLOCK if row.mask == Mask.BLOCK and block > 1 else Mask.ELEMENT
+        integers.append([mask, Effect.FREEZE, asked.word, asked.stream_id, row.lo, row.span, block])
+    sizes = [(d.blocks + 31) // 32 for d in drawn]
+    words = torch.empty(sum(sizes), dtype=torch.int32, device=HOST)
     batch = Batch(
         params=[],
-        shards=[Shard((count,), (block,), first * block)],
-        integers=torch.tensor([numbers], dtype=torch.int64, device=HOST).reshape(1, len(Integer)),
-        reals=torch.zeros(1, Real.columns(), dtype=torch.float64, device=HOST),
-        packed=[words],
+        shards=[Shard((d.blocks,), (d.block,), d.first * d.block) for d in drawn],
+        integers=torch.tensor(integers, dtype=torch.int64, device=HOST).reshape(-1, len(Integer)),
+        reals=torch.zeros(len(drawn), Real.columns(), dtype=torch.float64, device=HOST),
+        packed=list(words.split(sizes)),
     )
     dispatch.choose("auto", HOST, torch.float32).pack(batch, seed=seed)
-    return mask_stream.unpack_mask(words, (count,))
+    begin_of = torch.tensor([0, *accumulate(sizes)][:-1], dtype=torch.int64, device=HOST) * 32
+    return mask_stream.unpack_mask(words, (32 * len(words),)), begin_of
 
 
-def carry(old: Tensor, old_counts: Tensor, new: Tensor) -> Carried:
-    """From ``old``, (runs, 3), with their step counts, to the runs ``new``, (runs, 2): what is in both goes on.
+def carry(
+    old: Sequence[Tensor], old_counts: Sequence[Tensor], new: Sequence[Tensor], sizes: Sequence[int]
+) -> list[Carried]:
+    """Of each tensor, from ``old``, (runs, 3), with their step counts, to the runs ``new``, (runs, 2): what is in both
+    goes on. What is in ``new`` only begins with count 0.
 
-    What is in ``new`` only begins with count 0.
+    ``sizes``: how many elements each tensor has.
     """
-    ends = torch.cat([runs[:, 0] + runs[:, 1] for runs in (old, new)])
-    cuts = torch.cat([old[:, 0], new[:, 0], ends]).unique()
+    # one after another, with a gap that no run bridges
+    base = torch.tensor([0, *accumulate(size + 1 for size in sizes)], dtype=torch.int64, device=HOST)
+    before, after = _Joined.of(old, base), _Joined.of(new, base)
+    cuts = torch.cat([before.starts, after.starts, before.ends, after.ends]).unique()
     starts, lengths = cuts[:-1], cuts.diff()
-    of_new, in_new = _run_of(new, starts)
+    of_new, in_new = _run_of(after, starts)
     starts, lengths, of_new = starts[in_new], lengths[in_new], of_new[in_new]
-    of_old, in_old = _run_of(old, starts)
+    of_old, in_old = _run_of(before, starts)
+    tensor = after.tensor[of_new]
+
     counts = torch.zeros(len(starts), dtype=torch.float32, device=HOST)
-    counts[in_old] = old_counts[old[of_old[in_old], 2]]
-    distinct, kind = counts.unique(return_inverse=True)
+    first_count = torch.tensor([0, *accumulate(map(len, old_counts))], dtype=torch.int64, device=HOST)
+    run = of_old[in_old]
+    counts[in_old] = torch.cat(list(old_counts))[before.kinds[run] + first_count[before.tensor[run]]]
+    # of each tensor those that differ: floats of at least 0 are in the order of their bits
+    distinct, kind = ((tensor << 32) + counts.view(torch.int32)).unique(return_inverse=True)
+    per_tensor = torch.bincount(distinct >> 32, minlength=len(sizes))
+    begins = _changes(of_new) | _changes(kind)
+    kinds = kind[begins] - _before(per_tensor)[tensor[begins]]
+    active = torch.stack([starts[begins] - base[tensor[begins]], _sums(lengths, begins), kinds], 1)
+    counts = (distinct & (2**32 - 1)).to(torch.int32).view(torch.float32)
 
-    begins = torch.ones(len(starts), dtype=torch.bool, device=HOST)
-    begins[1:] = (of_new[1:] != of_new[:-1]) | (kind[1:] != kind[:-1])
-    active = torch.stack([starts[begins], _sums(lengths, begins), kind[begins]], 1)
+    to = (after.packed - after.starts)[of_new[in_old]] + starts[in_old]
+    from_ = (before.packed - before.starts)[run] + starts[in_old]
+    lengths, moved = lengths[in_old], tensor[in_old]
+    goes_on = torch.zeros(len(to), dtype=torch.bool, device=HOST)
+    goes_on[1:] = (to[1:] == (to + lengths)[:-1]) & (from_[1:] == (from_ + lengths)[:-1])
+    first = ~goes_on | _changes(moved)
+    copies = torch.stack([from_[first], to[first], _sums(lengths, first)], 1)
 
-    to = _before(lengths)
-    begin, run = _before(old[:, 1]), of_old[in_old]
-    from_ = begin[run] + starts[in_old] - old[run, 0]
-    to, lengths = to[in_old], lengths[in_old]
-    begins = torch.ones(len(to), dtype=torch.bool, device=HOST)
-    begins[1:] = (to[1:] != (to + lengths)[:-1]) | (from_[1:] != (from_ + lengths)[:-1])
-    copies = torch.stack([from_[begins], to[begins], _sums(lengths, begins)], 1)
-    return Carried(active, distinct, copies)
+    def parts(table: Tensor, of: Tensor) -> list[Tensor]:
+        return [part.clone() for part in table.split(torch.bincount(of, minlength=len(sizes)).tolist())]
+
+    tables = parts(active, tensor[begins]), parts(counts, distinct >> 32), parts(copies, moved[first])
+    return [Carried(*of_tensor) for of_tensor in zip(*tables, strict=True)]
+
+
+class _Joined(NamedTuple):
+    """The runs of several tensors in one row."""
+
+    starts: Tensor
+    ends: Tensor
+    kinds: Tensor  # the last column of tables that have three
+    tensor: Tensor
+    packed: Tensor  # where each begins in its tensor's state
+
+    @classmethod
+    def of(cls, tables: Sequence[Tensor], base: Tensor) -> "_Joined":
+        how_many = torch.tensor([len(runs) for runs in tables], dtype=torch.int64, device=HOST)
+        runs, tensor = torch.cat(list(tables)), torch.repeat_interleave(how_many)
+        starts, lengths = runs[:, 0] + base[tensor], runs[:, 1]
+        packed = torch.cat([_ZERO, lengths.cumsum(0)])
+        packed = packed[:-1] - packed[_before(how_many)][tensor]
+        return cls(starts, starts + lengths, runs[:, -1], tensor, packed)
+
+
+def _changes(column: Tensor) -> Tensor:
+    """Where a column's entries differ from the one before, and the first."""
+    found = torch.ones(len(column), dtype=torch.bool, device=HOST)
+    found[1:] = column[1:] != column[:-1]
+    return found
 
 
 def copy_runs(to: Tensor, to_starts: Tensor, from_: Tensor, from_starts: Tensor, lengths: Tensor) -> None:
@@ -124,9 +230,7 @@ def _views(tensor: Tensor, starts: Tensor, lengths: Tensor) -> list[Tensor]:
 
 def runs_of(counts: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of filling a step count into each element: ((runs, 3), distinct counts) of what is above 0."""
-    changes = torch.ones(len(counts), dtype=torch.bool, device=HOST)
-    changes[1:] = counts[1:] != counts[:-1]
-    starts = changes.nonzero().reshape(-1)
+    starts = _changes(counts).nonzero().reshape(-1)
     lengths = torch.diff(starts, append=torch.tensor([len(counts)], device=HOST))
     counts = counts[starts]
     active = counts > 0
@@ -134,11 +238,11 @@ def runs_of(counts: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([starts[active], lengths[active], kind], 1), distinct
 
 
-def _run_of(runs: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+def _run_of(runs: _Joined, starts: Tensor) -> tuple[Tensor, Tensor]:
     """The run that each element stands in, and whether there is one."""
-    run = torch.searchsorted(runs[:, 0].contiguous(), starts, right=True) - 1
+    run = torch.searchsorted(runs.starts, starts, right=True) - 1
     inside = run >= 0
-    inside &= starts < (runs[:, 0] + runs[:, 1])[run.clamp(min=0)] if len(runs) else False
+    inside &= starts < runs.ends[run.clamp(min=0)] if len(runs.starts) else False
     return run, inside
 
 

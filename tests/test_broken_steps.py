@@ -4,6 +4,7 @@ Allocations of a step, two dozen spread over all of them, fail one at a time. Wh
 that nothing disturbed.
 """
 
+import copy
 import itertools
 import os
 import signal
@@ -248,3 +249,53 @@ def test_ctrl_c_waits_for_the_end_of_the_step(monkeypatch):
         assert opt.draw == 1
         twins.append(numbers(params, opt))
     assert same(*twins)
+
+
+CHANGING = {
+    "toggle": GradDropEpoch(0.75, block="row", toggle=True),
+    "accumulate": GradDropEpoch(0.75, block="row"),  # what was active goes on
+    "replacement": GradDropEpoch(0.5, block="row", replacement=True),  # some of it does
+    "held blocks": GradDrop(0.5, block=128, hold=2),
+    "GradFreeze": GradFreeze("top-down"),
+}
+
+
+@pytest.mark.parametrize("policy", CHANGING)
+def test_whichever_allocation_fails_while_active_state_changes(policy):
+    """Parameters stay as they were, state says of itself what it is for, and the step taken again is the step."""
+    options = {"drop": CHANGING[policy], "effect": "freeze", "steps_per_epoch": 2, "active_state": True}
+
+    def before_a_change():
+        params, opt = stepped("adamw", "cpu", options, 4)
+        give(params, 5)
+        return params, opt
+
+    params, opt = before_a_change()
+    with NoMemory(None) as allocations:
+        opt.step()
+    expected, half_changed = whole(params, opt), set()
+    for n in range(1, allocations.seen + 1, max(1, allocations.seen // 41)):
+        params, opt = before_a_change()
+        unmoved, entries = [p.detach().clone() for p in params.values()], dict(opt.state)
+        with pytest.raises(MemoryError), NoMemory(n):
+            opt.step()
+        assert opt.draw == 4
+        assert all(map(torch.equal, params.values(), unmoved))
+        half_changed.add(sum(opt.state.get(p) is not entry for p, entry in entries.items()))
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))  # a checkpoint of it is a good one
+        opt.step()
+        assert same_entries(whole(params, opt), expected)
+    between = len(half_changed) > 1  # two parameters, of which a layer policy changes one at a time
+    assert between or policy == "GradFreeze"
+
+
+def whole(params, opt):
+    """Each parameter, and all of its state."""
+    return {
+        name: {"param": p.detach().clone(), **{k: torch.as_tensor(v).clone() for k, v in opt.state.get(p, {}).items()}}
+        for name, p in params.items()
+    }
+
+
+def same_entries(a, b):
+    return all(a[n].keys() == b[n].keys() and all(torch.equal(a[n][k], b[n][k]) for k in a[n]) for n in b)

@@ -22,6 +22,7 @@ from graddrop_fused import (
     skip_dropped_layers,
     skip_dropped_rows,
 )
+from graddrop_fused.rows import _product_of_rows
 
 ADAMW = partial(GradDropAdamW, lr=1e-2, weight_decay=0.1)
 OPTIMIZERS = {
@@ -165,6 +166,70 @@ def test_gradients_of_dropped_rows_are_zero(effect):
             opt._clock.draw += 1
 
 
+class Embedded(nn.Module):
+    """An nn.Embedding of its own, with a padding index or without."""
+
+    def __init__(self, padding=None, rows=23):
+        super().__init__()
+        self.embedding = nn.Embedding(rows, 5, padding_idx=padding)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, ids):
+        return nn.functional.cross_entropy(self.head(self.embedding(ids)).flatten(0, 1), ids.flatten().long() % 3)
+
+
+def embedded(dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    return Embedded(**options).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padding", [None, 0, 22])
+def test_embeddings_have_plain_gradients_of_kept_rows(padding, dtype):
+    """Bit for bit, with ids that occur many times, once and never; also where all rows are dropped, or none."""
+    plain, model = embedded(dtype, padding=padding), embedded(dtype, padding=padding)
+    opt = make(model, POLICIES["drawn"])
+    shares = set()
+    with skip_dropped_rows(model, opt) as handle:
+        assert model.embedding in handle.modules
+        for step in range(4):
+            for m in (plain, model):
+                m.zero_grad()
+                for as_type in (torch.int64, torch.int32):  # twice: the second is added
+                    m(ids(step).to(as_type)).backward()
+            mask = opt.keep_mask(model.embedding.weight)
+            shares.add(mask.double().mean().item())
+            assert torch.equal(model.embedding.weight.grad, plain.embedding.weight.grad * mask)
+            opt._clock.draw += 1
+    assert len(shares) > 1
+
+
+@pytest.mark.parametrize("p", [0.0, 0.99])
+def test_embeddings_of_few_rows(p):
+    plain, model = embedded(rows=24), embedded(rows=24)
+    opts = [make(m, GradDrop(p=p, block="row")) for m in (plain, model)]
+    train(plain, opts[0])
+    with skip_dropped_rows(model, opts[1]):
+        train(model, opts[1])
+    assert_close(plain, model, *opts)
+
+
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}], ids=str)
+def test_embeddings_that_do_more_are_left_alone(option):
+    model = nn.Sequential(nn.Embedding(9, 5, **option), nn.Linear(5, 3))
+    with skip_dropped_rows(model, make(model, POLICIES["drawn"])) as handle:
+        assert handle.modules == [model[1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 33])
+def test_products_of_any_number_of_rows(rows, dtype):
+    """Of 16 bits they are made for a rounded number of rows, of which the surplus is not used."""
+    grad, x = torch.randint(-4, 5, (6, 40)).to(dtype), torch.randint(-4, 5, (6, 7)).to(dtype)
+    chosen = torch.randperm(40)[:rows].sort().values
+    assert torch.equal(_product_of_rows(grad, chosen, x), (grad.t() @ x)[chosen])
+
+
 def test_the_product_is_of_kept_rows_alone():
     """Floating-point operations of a pass, counted by torch: those of dropped rows are missing, and no others."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -201,7 +266,8 @@ def test_with_released_gradients(effect):
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_what_nobody_reads_is_not_written(backend, monkeypatch):
+@pytest.mark.parametrize("build", [build, partial(embedded, padding=3)], ids=["linear", "embedding"])
+def test_what_nobody_reads_is_not_written(build, backend, monkeypatch):
     """Gradients that are released under "freeze": dropped rows are left as memory came, here with NaN."""
     plain, model = build(), build()
     opts = [make(m, POLICIES["drawn"], effect="freeze", backend=backend) for m in (plain, model)]
@@ -394,7 +460,7 @@ def test_what_cannot_work_is_refused_at_once():
         skip_dropped_rows(model, make(model, POLICIES["drawn"], capturable=True))
     with pytest.raises(ValueError, match="effect must be 'gradient' or 'freeze' with skip_dropped_rows, got 'update'"):
         skip_dropped_rows(model, make(model, POLICIES["drawn"], effect="update"))
-    with pytest.raises(ValueError, match="model must have an nn.Linear whose weight is a plain tensor of its own"):
+    with pytest.raises(ValueError, match="model must have an nn.Linear or nn.Embedding whose weight is"):
         skip_dropped_rows(build(), make(model, POLICIES["drawn"]))
     with pytest.raises(ValueError, match="model must not be a DataParallel"):
         skip_dropped_rows(nn.DataParallel(model), make(model, POLICIES["drawn"]))

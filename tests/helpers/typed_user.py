@@ -97,7 +97,7 @@ def handles(model: nn.Module, optimizer: GradDropAdamW) -> None:
     assert_type(release_gradients(model, optimizer), ReleasedGradients)
     with skip_dropped_rows(model, optimizer) as rows:
         assert_type(rows, SkippedRows)
-        assert_type(rows.modules, list[nn.Linear])
+        assert_type(rows.modules, list[nn.Linear | nn.Embedding])
     handle = attach(torch.optim.SGD(model.parameters(), lr=0.1), drop=GradDrop(p=0.1))
     assert_type(handle.keep_mask(next(model.parameters())), Tensor)
     handle.remove()
