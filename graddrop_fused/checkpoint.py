@@ -1,6 +1,7 @@
 """Checkpoints: ours, and those of the torch optimizer of the same name. All is checked before anything is loaded."""
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -98,6 +99,20 @@ def check(
         if entry:
             entries[param] = entry, rule
     return Loaded(loaded, entries, _clock(saved_groups, entries, clock))
+
+
+def warn_of_other_policies(groups: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> None:
+    """Who constructs with another p before resuming may expect it to be used."""
+    for mine, saved in zip(groups, loaded, strict=True):
+        old, new = mine["drop"], saved["drop"]
+        if (old and old.to_state()) != (new and new.to_state()):
+            warnings.warn(
+                f"the checkpoint's drop={new!r} replaces drop={old!r} of the constructor. To go on with another "
+                "policy, set group['drop'] after loading",
+                UserWarning,
+                stacklevel=4,  # who calls load_state_dict, which torch wraps
+            )
+            return
 
 
 def _check_type(name: str, value: Any, wanted: type) -> None:

@@ -30,7 +30,7 @@ class Clock:
         if self.steps_per_epoch is not None:
             raise RuntimeError(
                 f"set_epoch({epoch!r}) was called, but steps_per_epoch={self.steps_per_epoch} already says which epoch "
-                "a step belongs to; use one of the two"
+                "a step belongs to; use one of the two (the Trainer's GradDropCallback calls set_epoch)"
             )
         check_int("epoch", epoch, 0, WORD)
         self.epoch = epoch
@@ -50,7 +50,8 @@ class Clock:
         if self.steps_per_epoch is None and self.epoch is None and policy is not None and policy.needs_epoch:
             raise RuntimeError(
                 f"{policy!r} follows epochs, but the epoch is not known: call set_epoch(0) before the first step (and "
-                "set_epoch(k) as epochs begin), or construct with steps_per_epoch=<optimizer steps in an epoch>"
+                "set_epoch(k) as epochs begin), or construct with steps_per_epoch=<optimizer steps in an epoch>. Under "
+                "the Trainer, callbacks=[GradDropCallback()] calls it"
             )
 
     def state(self) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def param_groups(
     drop: Policy | None = None,
     targets: str = "all",
     exclude: str | None = None,
-    include_head: bool = False,
+    include_head: bool | None = None,
     stack: str | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for GradDropAdamW, one set per layer of the model.
@@ -86,8 +86,8 @@ def param_groups(
             1, where K and V map to queries and keys, and U to values); or a regular expression that is searched in
             parameter names.
         exclude: a regular expression; parameters whose names it is found in are not targeted.
-        include_head: whether LayerGradDrop and GradFreeze also drop the head. It is new and must learn, so by default
-            they don't. Other policies always treat it like any layer.
+        include_head: whether the head is dropped, too. None: by policies of elements and blocks, and not by
+            LayerGradDrop and GradFreeze. The head is new and must learn: give False where masks hold for an epoch.
         stack: see :func:`find_layers`.
 
     Raises:
@@ -226,13 +226,15 @@ def _dropped(
     drop: Policy | None,
     targets: str,
     exclude: str | None,
-    include_head: bool,
+    include_head: bool | None,
 ) -> set[str]:
     """The names of the parameters that the policy drops. Raises as :func:`param_groups` says."""
     dropped = _targeted(model, in_layer, targets)
     if exclude is not None:
         dropped -= _matching("exclude", exclude, in_layer)
-    if drop is not None and drop.layerwise and not include_head:
+    if include_head is None:
+        include_head = drop is None or not drop.layerwise
+    if not include_head:
         dropped -= {name for name, layer in in_layer.items() if layer == "head"}
     if not dropped:
         raise ValueError(

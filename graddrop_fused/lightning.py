@@ -10,6 +10,7 @@ else:
     except ModuleNotFoundError:
         from pytorch_lightning import Callback, LightningModule, Trainer
 
+from .groups import is_layerwise
 from .log_values import log_values
 from .masked import MaskedOptimizer
 from .skip import SkippedLayers
@@ -58,7 +59,8 @@ class GradDropCallback(Callback):
                     f"{trainer.gradient_clip_val!r}: the norm would lack the gradients of skipped layers, and training "
                     "would differ from the same run without skipping"
                 )
-            self._skipped = [SkippedLayers(pl_module, opt) for opt in self._optimizers]
+            by_layer = [opt for opt in self._optimizers if any(map(is_layerwise, opt.param_groups))]
+            self._skipped = [SkippedLayers(pl_module, opt) for opt in by_layer or self._optimizers]  # none: it says so
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._set_epoch(trainer)

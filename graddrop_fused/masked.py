@@ -68,6 +68,8 @@ class MaskedOptimizer(Optimizer):
         validate.group_options(defaults, self.rule_class)
         super().__init__(params, defaults)
         validate.all_groups(self.param_groups)
+        validate.policy_is_used(drop, self.param_groups)
+        validate.warn_of_groups_as_layers(self.param_groups)
         # as torch's fused optimizers: GradScaler hands over grad_scale and found_inf in place of unscaling
         self._step_supports_amp_scaling = bool(defaults.get("fused"))
 
@@ -453,7 +455,8 @@ class MaskedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take a checkpoint of ours or of the torch optimizer of the same name.
 
-        The checkpoint's seed, draw, epoch and policies win over the constructor's; what it lacks stays.
+        The checkpoint's seed, draw, epoch and policies win over the constructor's, as its learning rate does; what it
+        lacks stays. A UserWarning says so where policies differ.
 
         Raises:
             TypeError, ValueError: naming the entry that is missing, extra, mis-shaped or of a value that cannot be;
@@ -470,6 +473,7 @@ class MaskedOptimizer(Optimizer):
             param: compact.restored(param, entry, rule, state.dtype_of(param, self.state_dtype))
             for param, (entry, rule) in loaded.entries.items()
         }
+        checkpoint.warn_of_other_policies(self.param_groups, loaded.groups)
         self._clear()
         for group, values in zip(self.param_groups, loaded.groups, strict=True):
             params = group["params"]

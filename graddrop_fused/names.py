@@ -19,6 +19,13 @@ def canonical_name(name: str) -> str:
     return ".".join(parts)
 
 
+def numbered_block(name: str) -> str | None:
+    """The name of the block that a parameter stands in, up to its first number: encoder.layer.3; None without one."""
+    path = canonical_name(name).split(".")
+    end = next((i for i, part in enumerate(path) if part.isdigit()), None)
+    return None if end is None else ".".join(path[: end + 1])
+
+
 def stream_id(name: str) -> int:
     """The id of a parameter or layer in the mask stream: 52 bits of BLAKE2b of its canonical name in UTF-8."""
     digest = blake2b(canonical_name(name).encode(), digest_size=8).digest()

@@ -15,6 +15,7 @@ import re
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from typing import Any
 
 from .policies import Policy
@@ -82,8 +83,10 @@ def _class(kind: str, name: Any, classes: dict[str, type], where: Any) -> type:
     bare = {name.lower(): cls for name, cls in classes.items()}
     found = bare.get(str(name).replace("-", "").replace("_", "").lower())
     if found is None:
-        known = ", ".join(_word(name) for name in classes)
-        raise PolicyTextError(f"the {kind} must be one of {known}, got {name!r} in {where!r}")
+        words = [_word(name) for name in classes]
+        near = get_close_matches(str(name).lower(), words, 1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise PolicyTextError(f"the {kind} must be one of {', '.join(words)}, got {name!r}{meant} in {where!r}")
     return found
 
 

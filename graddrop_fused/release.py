@@ -18,6 +18,7 @@ from .cuda_graph import check_not_capturing
 from .fakes import check_no_fake_mode
 from .groups import Layers, members
 from .masked import MaskedOptimizer, UninterruptedByKeyboard
+from .names import numbered_block
 from .numbers import HostNumbers, StepNumbers
 from .skip import unwrap
 from .training_loop import TrainingLoop
@@ -48,9 +49,9 @@ def release_gradients(model: nn.Module, optimizer: Optimizer) -> "ReleasedGradie
 
     Raises:
         TypeError: on another optimizer. ValueError: if it has none of the model's parameters, is capturable, comes with
-            a GradScaler or releases gradients already; if the model is in DistributedDataParallel, whose gradients are
-            not reduced yet where the step would run. RuntimeError: from the step of another optimizer, if its
-            parameters were updated here.
+            a GradScaler, or gradients of its parameters are released already, to it or to another; if the model is in
+            DistributedDataParallel, whose gradients are not reduced yet where the step would run. RuntimeError: from
+            the step of another optimizer, if its parameters were updated here.
     """
     return ReleasedGradients(model, optimizer)
 
@@ -134,8 +135,8 @@ class ReleasedGradients:
                 if id(param) in self.updated:
                     param.grad = None  # as it was before this pass
                 raise RuntimeError(
-                    "release_gradients allows one backward pass before optimizer.step(), which ends a step: a "
-                    f"parameter of shape {tuple(param.shape)} got a second gradient. Accumulate in larger batches, or "
+                    "release_gradients allows one backward pass before optimizer.step(), which ends a step: parameter "
+                    f"{self._called(param)} got a second gradient. Accumulate in larger batches, or "
                     "end the releasing by its handle's remove(); after a pass that failed, call optimizer.step()"
                 )
             part.came.add(id(param))
@@ -183,8 +184,11 @@ class ReleasedGradients:
                 self._coming = coming
                 try:
                     optimizer._launch(plan, commit=lambda: None)
-                finally:
+                    done = with_gradient | switched_off  # with active_state, what is frozen as a whole is in no plan
+                except BaseException:
                     done = plan.updated() & (with_gradient | switched_off)
+                    raise
+                finally:
                     self.updated |= done
                     for param in params:
                         if id(param) in with_gradient & done:
@@ -219,8 +223,8 @@ class ReleasedGradients:
             for param in part.params:
                 if param.grad is not None and id(param) in self.updated:
                     raise RuntimeError(
-                        "release_gradients allows one gradient of a parameter in a step: one of shape "
-                        f"{tuple(param.shape)} was given another after it had been updated in backward"
+                        "release_gradients allows one gradient of a parameter in a step: "
+                        f"{self._called(param)} was given another after it had been updated in backward"
                     )
         for part in list(self._parts):
             off = {id(p) for p in part.params if id(p) in optimizer._switched_off} - self.updated
@@ -265,6 +269,9 @@ class ReleasedGradients:
         ]
         self._part_of = {id(p): part for part in self._parts for p in part.params}
 
+    def _called(self, param: Tensor) -> str:
+        return next(m.called for m in members(self._optimizer.param_groups) if m.param is param)
+
     def _watch(self, param: Tensor) -> Any:
         needed = param.requires_grad
         param.requires_grad_(True)  # torch gives a hook to no other, and it may be unfrozen later
@@ -288,9 +295,7 @@ def _block_of(name: str | None) -> Hashable:
     """Of a parameter in no named layer: the numbered block that it stands in, or else its module."""
     if name is None:
         return None
-    path = name.split(".")
-    numbered = next((i for i, part in enumerate(path) if part.isdigit()), None)
-    return tuple(path[:-1] if numbered is None else path[: numbered + 1])
+    return numbered_block(name) or name.rpartition(".")[0]
 
 
 def _check(model: nn.Module, given: Any, optimizer: MaskedOptimizer) -> None:
@@ -300,6 +305,13 @@ def _check(model: nn.Module, given: Any, optimizer: MaskedOptimizer) -> None:
         raise ValueError(f"optimizer must hold parameters of the model, got one with none of {type(model).__name__}'s")
     if optimizer._inside_backward is not None:
         raise ValueError("optimizer must not release gradients already: call the other handle's remove() first")
+    for hook in (hook for p in held if p in params for hook in (p._post_accumulate_grad_hooks or {}).values()):
+        other = getattr(hook, "__self__", None)
+        if isinstance(other, ReleasedGradients) and not other._removed:
+            raise ValueError(
+                "model must not release gradients to another optimizer already: keep the handle that "
+                "release_gradients returned, and call its remove() first"
+            )
     _check_not_capturable(optimizer)
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(_DDP)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .contract import Effect
-from .groups import effect_of
+from .groups import effect_of, is_layerwise, policy_of
 from .masked import MaskedOptimizer
 from .module_calls import ModuleCalls
 
@@ -43,10 +43,10 @@ def skip_dropped_layers(model: nn.Module, optimizer: Optimizer) -> "SkippedLayer
         a handle; ``remove()`` ends it. It is a context manager, too.
 
     Raises:
-        TypeError: on another optimizer. ValueError: if it has none of the model's parameters, or the model is a
-            DataParallel; there and in a forward pass, if the model uses reentrant activation checkpointing, which loses
-            all gradients behind a switched-off layer. RuntimeError: from the step of another optimizer, if it has a
-            parameter that was switched off.
+        TypeError: on another optimizer. ValueError: if it has none of the model's parameters or no policy of whole
+            layers, or the model is a DataParallel; there and in a forward pass, if the model uses reentrant activation
+            checkpointing, which loses all gradients behind a switched-off layer. RuntimeError: from the step of
+            another optimizer, if it has a parameter that was switched off.
     """
     return SkippedLayers(model, unwrap(optimizer))
 
@@ -56,9 +56,11 @@ def unwrap(optimizer: Optimizer) -> MaskedOptimizer:
     inner: Any = optimizer
     while not isinstance(inner, MaskedOptimizer):
         if not isinstance(getattr(inner, "optimizer", None), Optimizer):
+            inside = "" if inner is optimizer else f" around {type(inner).__name__}"
             raise TypeError(
                 "optimizer must be a masked optimizer such as GradDropAdamW, or a wrapper around one, got "
-                f"{type(optimizer).__name__}"
+                f"{type(optimizer).__name__}{inside}. The Trainer makes a masked one if it is given "
+                "optimizer_cls_and_kwargs=graddrop_optimizer(args, drop=...)"
             )
         inner = inner.optimizer
     return inner
@@ -83,6 +85,12 @@ class SkippedLayers:
         if not any(p in self._params for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(
                 f"optimizer must hold parameters of the model, got one with none of {type(model).__name__}'s"
+            )
+        if not any(map(is_layerwise, optimizer.param_groups)):
+            policies = [*dict.fromkeys(repr(policy_of(group)) for group in optimizer.param_groups)]
+            raise ValueError(
+                "optimizer must have a group whose policy drops whole layers with skip_dropped_layers, such as "
+                f"LayerGradDrop(p=0.5), got {', '.join(policies)}"
             )
         self._participation = _Participation(model)
         self._decided: set[Tensor] = set()  # what the coming step's passes switch off

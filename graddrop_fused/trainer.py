@@ -26,7 +26,7 @@ def graddrop_optimizer(
     drop: Policy | str | Mapping[str, Any] | None,
     targets: str = "all",
     exclude: str | None = None,
-    include_head: bool = False,
+    include_head: bool | None = None,
     stack: str | None = None,
     **options: Any,
 ) -> tuple[type, dict[str, Any]]:
@@ -39,7 +39,7 @@ def graddrop_optimizer(
     user's; here all of these come with it.
 
     Args:
-        args: learning_rate, adam_beta1, adam_beta2, adam_epsilon and weight_decay are taken from it whenever the
+        args: learning_rate, adam_beta1, adam_beta2, adam_epsilon, weight_decay and seed are taken from it whenever the
             Trainer makes an optimizer, so that every trial of hyperparameter_search has its own.
         drop: a policy, or its text, such as "graddrop-epoch:p=0.9,toggle"; see :func:`graddrop_fused.policy`.
         targets, exclude, include_head, stack: see :func:`graddrop_fused.layers.param_groups`.
@@ -66,6 +66,7 @@ class _OnLayers:
             "betas": (args.adam_beta1, args.adam_beta2),
             "eps": args.adam_epsilon,
             "weight_decay": args.weight_decay,
+            "seed": args.seed,
             **options,
         }
         return GradDropAdamW(param_groups(model, weight_decay=chosen.pop("weight_decay"), **groups), **chosen)

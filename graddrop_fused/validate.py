@@ -1,6 +1,7 @@
 """What users may pass. Every error names the argument, its value and what would be right, before anything changes."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch.nn.parameter import is_lazy
 
 from .checks import check_bool, check_choice, check_nonnegative, shown
 from .fakes import is_fake
-from .groups import Layers, Member, effect_of, members, policy_of, rounds_stochastically, static_mask
-from .names import canonical_name
+from .groups import Layers, Member, effect_of, is_layerwise, members, policy_of, rounds_stochastically, static_mask
+from .names import canonical_name, numbered_block
 from .policies import EFFECTS, Policy, StaticMask
 from .rules import Rule
 from .shards import gradient_problem, local
@@ -59,7 +60,10 @@ def policy(drop: Any, effect: Any) -> None:
     if drop is None:
         return
     if not isinstance(drop, Policy):
-        raise TypeError(f"drop must be None or a policy such as GradDrop(p=0.1), got {shown(drop)}")
+        raise TypeError(
+            "drop must be None or a policy such as GradDrop(p=0.1), or policy('graddrop:p=0.1') made from a text, got "
+            f"{shown(drop)}"
+        )
     drop.check_effect(effect_of({"drop": drop, "effect": effect}).name.lower())
     drop.to_state()  # what cannot be saved would fail at the first checkpoint, after the training
 
@@ -143,6 +147,32 @@ def all_groups(param_groups: Sequence[Mapping[str, Any]]) -> None:
                 f"{drop!r} needs a model of at least two layers, and these groups have {layers}: give the optimizer "
                 "graddrop_fused.param_groups(model, drop=...), or groups with group['layer'] of your own"
             )
+
+
+def policy_is_used(drop: Policy | None, param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError if the constructor got a policy that every group's own entry overrules."""
+    if drop is not None and all(policy_of(group) != drop for group in param_groups):
+        found = [*dict.fromkeys(repr(policy_of(group)) for group in param_groups)]
+        raise ValueError(
+            f"drop={drop!r} would be used by no group: their own entries say drop={', '.join(found)}. Give it to the "
+            f"groups, as in param_groups(model, drop={drop!r}), and not to the optimizer"
+        )
+
+
+def warn_of_groups_as_layers(param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """A policy of layers takes a group without a layer's name for one layer, which groups made for weight decay are
+    not."""
+    for number, group in enumerate(param_groups):
+        if is_layerwise(group) and group.get("layer") is None:
+            blocks = {block for name in group.get("param_names", ()) if (block := numbered_block(name)) is not None}
+            if len(blocks) > 1:
+                warnings.warn(
+                    f"{policy_of(group)!r} drops group {number} as one layer, and it holds parameters of {len(blocks)} "
+                    f"blocks ({', '.join(sorted(blocks)[:3])}, ...). If that is not what you want, give the optimizer "
+                    "graddrop_fused.param_groups(model, drop=...), or groups with group['layer'] of your own",
+                    UserWarning,
+                    stacklevel=4,  # where the optimizer is made
+                )
 
 
 def param(called: str, value: Any, index: int | None = None) -> None:

@@ -269,6 +269,8 @@ def test_head_is_new(policy):
     assert all((g["drop"] is None) == (g["layer"] == "head") for g in groups)
     assert all(g["drop"] is policy for g in param_groups(model, drop=policy, include_head=True))
     assert all(g["drop"] is not None for g in param_groups(model, drop=GradDrop(p=0.5)))
+    groups = param_groups(model, drop=GradDrop(p=0.5), include_head=False)
+    assert all((g["drop"] is None) == (g["layer"] == "head") for g in groups)
 
 
 def test_gradual_unfreezing_freezes_decay_too():

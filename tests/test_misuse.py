@@ -531,6 +531,42 @@ def test_layer_policies_without_layers_are_an_error_that_says_what_to_do():
             attach(torch.optim.SGD(nn.Linear(3, 3).parameters()), drop)
 
 
+@pytest.mark.parametrize("theirs", [None, GradDrop(0.3)], ids=["none", "another"])
+def test_a_policy_that_every_group_overrules_is_refused(theirs):
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    groups = [{"params": [*first.named_parameters("a")], "drop": theirs}]
+    with pytest.raises(
+        ValueError, match=r"drop=GradDrop\(p=0.1.* would be used by no group: .*param_groups"
+    ):
+        GradDropAdamW(groups, drop=GradDrop(p=0.1))
+    GradDropAdamW([*groups, {"params": [*second.named_parameters("b")]}], drop=GradDrop(p=0.1))  # the second takes it
+    GradDropAdamW([{**groups[0], "drop": GradDrop(p=0.1)}], drop=GradDrop(p=0.1))
+
+
+def test_groups_of_weight_decay_are_no_layers():
+    blocks = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+    matrices = [(name, p) for name, p in blocks.named_parameters(prefix="encoder") if p.dim() == 2]
+    vectors = [(name, p) for name, p in blocks.named_parameters(prefix="encoder") if p.dim() == 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    message = r"drops group 0 as one layer, and it holds parameters of 3 blocks \(encoder.0, encoder.1, encoder.2"
+    with pytest.warns(UserWarning, match=message), pytest.warns(UserWarning, match="drops group 1 as one layer"):
+        GradDropAdamW(groups, drop=LayerGradDrop(p=0.5))
+    GradDropAdamW(groups, drop=GradDrop(p=0.5))  # no policy of layers, no warning
+    named = [{"params": [*block.named_parameters(f"encoder.{i}")]} for i, block in enumerate(blocks)]
+    GradDropAdamW(named, drop=LayerGradDrop(p=0.5))  # a group for a block
+
+
+def test_a_checkpoint_of_another_policy_says_that_it_wins():
+    mine, saved = made("reference", drop=GradDrop(p=0.5))[1], made("reference", drop=GradDrop(p=0.1))[1].state_dict()
+    with pytest.warns(UserWarning, match=r"checkpoint's drop=GradDrop\(p=0.1.* replaces drop=GradDrop\(p=0.5"):
+        mine.load_state_dict(saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mine.load_state_dict(saved)
+        mine.load_state_dict(torch.optim.AdamW(tensors().values()).state_dict())  # knows nothing of policies
+    assert mine.param_groups[0]["drop"].p == 0.1
+
+
 def test_a_policy_that_no_checkpoint_could_hold_is_refused_at_once():
     class Plain(Policy):
         def row(self, index, layer, layers):

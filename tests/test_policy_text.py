@@ -98,6 +98,7 @@ ERRORS = {
     "graddrop-epoch:toggle": "GradDropEpoch takes exactly one of p and anneal, got p=None and anneal=None, in",
     "graddrop-epoch:p=0.9,toggle=1": "toggle must be True or False, got 1, in",
     "graddrop:anneal=linear-anneal(epochs=1)": "epochs must be an integer in .*, got 1, in",
+    "gradrop-epoch:p=0.1": "got 'gradrop-epoch' \\(did you mean graddrop-epoch\\?\\)",
     "graddrop:anneal=cosine(epochs=3)": "the schedule must be one of linear-anneal.*, got 'cosine' in",
     "graddrop:anneal=linear-anneal(epochs=3": "parentheses and quotes must be closed, got",
     "graddrop:p='0.1": "parentheses and quotes must be closed, got",

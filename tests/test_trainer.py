@@ -214,6 +214,14 @@ def test_a_model_made_anew_gets_groups_of_its_own(tmp_path):
         assert held == {id(p) for p in trainer.model.parameters()}
 
 
+def test_masks_have_the_training_s_seed(tmp_path):
+    args = arguments(tmp_path, seed=3)
+    factory, keywords = graddrop_optimizer(args, drop=GradDrop(p=0.3))
+    assert factory()(build_model(), **keywords).seed == 3
+    factory, keywords = graddrop_optimizer(args, drop=GradDrop(p=0.3), seed=5)
+    assert factory()(build_model(), **keywords).seed == 5
+
+
 def test_skipping_in_the_trainer_changes_nothing(tmp_path):
     """max_grad_norm=0: a norm of all gradients would miss the skipped ones."""
 
