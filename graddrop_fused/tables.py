@@ -115,7 +115,7 @@ class HostTables:
 
 
 def _spread(values: array, index: Tensor, table: Tensor) -> None:
-    """Fill ``table`` with the rows of ``values`` that ``index`` names; one row goes everywhere, in a third of the time."""
+    """Fill ``table`` with the rows of ``values`` that ``index`` names. A single row goes everywhere, and faster."""
     rows = torch.frombuffer(values, dtype=table.dtype)
     if len(values) == table.shape[1]:
         table.copy_(rows)
