@@ -35,6 +35,7 @@ struct Tiles {
   void* state[MAX_STATES];
   int64_t count;
   int64_t grad_step = TILE;            // elements from a tile's gradient to the next one's; 0: one tile serves all
+  int64_t to_next = 0;                 // elements from the last tile to what is updated after it; 0: nothing is known
   const uint32_t* words = nullptr;     // four a tile
   int64_t words_step = 4;              // 0: four words serve all tiles
   const MaskStream* stream = nullptr;  // in place of words: draw them

@@ -67,10 +67,10 @@ class MaskWords {
     kept = kind_ != Mask::DROP;
     if (kind_ != Mask::BLOCK) return tiles;
     const uint64_t first = global(start), last = first + static_cast<uint64_t>(tiles) * TILE;
-    kept = block_of(first);
-    uint64_t end = block_end(first);
-    while (end < last && block_of(end) == kept && !(kept && one_block)) end = block_end(end);
-    return static_cast<int64_t>((std::min(end, last) - first) / TILE);
+    uint64_t block = block_number(first);
+    kept = decided(block++);
+    while (block * block_ < last && !(kept && one_block) && decided(block) == kept) ++block;
+    return static_cast<int64_t>((std::min(block * block_, last) - first) / TILE);
   }
 
   // The block of an element, and the first element behind it.
@@ -100,10 +100,11 @@ class MaskWords {
       for (int i = begin; i < end; ++i) set_bit(words, i, drawn[(i - begin) / 32] >> ((i - begin) % 32) & 1u);
       return;
     }
-    for (int i = begin; i < end;) {
-      const uint64_t at = first + static_cast<uint64_t>(i - begin), left = block_end(at) - at;
+    uint64_t block = block_number(first);
+    for (int i = begin; i < end; ++block) {
+      const uint64_t left = (block + 1) * block_ - (first + static_cast<uint64_t>(i - begin));
       const int stop = left < static_cast<uint64_t>(end - i) ? i + static_cast<int>(left) : end;
-      const bool kept = block_of(at);
+      const bool kept = decided(block);
       for (; i < stop; ++i) set_bit(words, i, kept);
     }
   }
@@ -136,9 +137,7 @@ class MaskWords {
     }
   }
 
-  // The decision of the element's block.
-  bool block_of(uint64_t element) {
-    const uint64_t block = element / block_;
+  bool decided(uint64_t block) {
     if (block / BLOCKS_PER_COUNTER != counter_) {
       counter_ = block / BLOCKS_PER_COUNTER;
       drawn_ = block_words(stream_, block);

@@ -72,6 +72,7 @@ class Pipeline {
   // one lane: the loop over elements is the compiler's to vectorise
   static constexpr bool STAGED = Rule::STAGED && V::WIDTH > 1;
   static constexpr bool ROUNDS_STATE = std::is_same_v<State, rounded_bfloat16>;
+  static constexpr int LINE = 64;  // bytes
   static constexpr int VALUES = !std::is_same_v<Param, rounded_bfloat16> ? 0 : ROUNDS_STATE ? 1 + Rule::STATES : 1;
 
  public:
@@ -127,9 +128,17 @@ class Pipeline {
   GRADDROP_INLINE void run_read() {
     Decisions decisions;
     for (int64_t t = 0; t < tiles_.count; ++t) {
+      look_ahead(t);
       if (SELECT != Select::NOWHERE) decisions.read(tiles_.words + t * tiles_.words_step);
-      GRADDROP_INDEPENDENT
-      for (int i = 0; i < TILE; i += V::WIDTH) update(decisions, i);
+      if constexpr (V::WIDTH > 1) {
+        constexpr int GROUP = LINE / 2;  // elements of a line of the narrowest dtype
+        for (int first = 0; first < TILE; first += GROUP) {
+          steps(first, decisions, std::make_integer_sequence<int, GROUP / V::WIDTH>{});
+        }
+      } else {
+        GRADDROP_INDEPENDENT
+        for (int i = 0; i < TILE; ++i) update(decisions, i);
+      }
       next_tile();
     }
   }
@@ -139,6 +148,7 @@ class Pipeline {
     Decisions decisions, next;
     draw_tile<Draw>(*tiles_.stream, tiles_.first_tile, decisions);
     for (int64_t t = 0; t < tiles_.count; ++t) {
+      look_ahead(t);
       Draw draw(*tiles_.stream, tiles_.first_tile + static_cast<uint64_t>(t) + 1, next);
       for (int first = 0; first < TILE; first += GROUP) {
         if constexpr (V::WIDTH > 1) {
@@ -162,7 +172,7 @@ class Pipeline {
     ((draw_parts<VECTOR * PARTS / VECTORS>(
           draw, first / ELEMENTS_PER_COUNTER,
           std::make_integer_sequence<int, (VECTOR + 1) * PARTS / VECTORS - VECTOR * PARTS / VECTORS>{}),
-      prefetch(first + VECTOR * V::WIDTH), update(decisions, first + VECTOR * V::WIDTH)),
+      step(decisions, first + VECTOR * V::WIDTH)),
      ...);
   }
 
@@ -175,6 +185,7 @@ class Pipeline {
       draw_random<Draw>(*tiles_.rounding, tiles_.first_tile, rounding_of(value), random_.number[0][value]);
     }
     for (int64_t t = 0; t < tiles_.count; ++t) {
+      look_ahead(t);
       const uint64_t next_index = tiles_.first_tile + static_cast<uint64_t>(t) + 1;
       if (SELECT != Select::NOWHERE && !DRAWN) decisions.read(tiles_.words + t * tiles_.words_step);
       if constexpr (V::WIDTH > 1) {
@@ -217,7 +228,7 @@ class Pipeline {
       random_parts<VECTOR * ALL / VECTORS>(
           random, first / ELEMENTS_PER_COUNTER,
           std::make_integer_sequence<int, (VECTOR + 1) * ALL / VECTORS - VECTOR * ALL / VECTORS>{}),
-      prefetch(first + VECTOR * V::WIDTH), update(decisions, first + VECTOR * V::WIDTH)),
+      step(decisions, first + VECTOR * V::WIDTH)),
      ...);
   }
 
@@ -228,16 +239,30 @@ class Pipeline {
 
   static Purpose rounding_of(int value) { return value == 0 ? Purpose::ROUND_PARAM : round_state(value - 1); }
 
-  // The next tile's lines. A draw's instructions fill the processor's window, which would otherwise reach these loads.
-  GRADDROP_INLINE void prefetch(int i) const {
-    prefetch(param_, i);
-    prefetch(grad_, i);
-    for (int k = 0; k < Rule::STATES; ++k) prefetch(state_[k], i);
+  // How far the lines are that are asked for during tile t: AHEAD tiles on, behind the run's end where the driver says.
+  GRADDROP_INLINE void look_ahead(int64_t t) {
+    constexpr int64_t AHEAD = 2;
+    const int64_t behind_end = tiles_.to_next == 0 ? 0 : tiles_.to_next + (tiles_.count > 1 ? TILE : 0);
+    ahead_ = t + AHEAD < tiles_.count ? AHEAD * TILE : behind_end;
+    grad_ahead_ = tiles_.grad_step == 0 ? 0 : ahead_;
+  }
+
+  template <int... VECTOR>
+  GRADDROP_INLINE void steps(int first, const Decisions& decisions, std::integer_sequence<int, VECTOR...>) {
+    (step(decisions, first + VECTOR * V::WIDTH), ...);
+  }
+
+  // Updates a vector once the same one of a tile to come is asked for. Updates wait long, and draws take instructions:
+  // they fill the processor's window, which would otherwise reach the next tile's loads.
+  GRADDROP_INLINE void step(const Decisions& decisions, int i) {
+    prefetch(param_ + ahead_, i);
+    prefetch(grad_ + grad_ahead_, i);
+    for (int k = 0; k < Rule::STATES; ++k) prefetch(state_[k] + ahead_, i);
+    update(decisions, i);
   }
   template <class T>
   GRADDROP_INLINE static void prefetch(const T* x, int i) {
-    constexpr int LINE = 64;  // bytes
-    if (i * static_cast<int>(sizeof(T)) % LINE == 0) GRADDROP_PREFETCH(x + TILE + i);
+    if (i * static_cast<int>(sizeof(T)) % LINE == 0) GRADDROP_PREFETCH(x + i);
   }
 
   GRADDROP_INLINE void update(const Decisions& decisions, int i) {
@@ -286,6 +311,7 @@ class Pipeline {
   Param* param_;
   const Grad* grad_;
   State* state_[MAX_STATES] = {};
+  int64_t ahead_ = 0, grad_ahead_ = 0;  // elements from this tile to the one that is asked for
   Begun begun_{};
   Halfway halfway_{};
   RandomTiles<VALUES> random_;

@@ -80,6 +80,7 @@ class Update {
       tiles = alike;
       if (kept) {
         select = Select::NOWHERE;
+        if (effect_ == Effect::FREEZE) some.to_next = to_kept(begin + tiles * TILE, end);
       } else {
         drop(some);
       }
@@ -99,6 +100,18 @@ class Update {
       by_blocks(in_place_[select], some);
     }
     return begin + tiles * TILE;
+  }
+
+  // Elements from the tile before `begin` to the first one that is not dropped; 0: there is none before `end`.
+  int64_t to_kept(int64_t begin, int64_t end) {
+    bool kept = true;
+    int64_t at = begin, dropped = 0;
+    do {
+      at += dropped * TILE;
+      if (end - at < TILE) return 0;
+      dropped = words_.alike(at, (end - at) / TILE, kept, true);
+    } while (!kept && dropped > 0);
+    return at - begin + TILE;
   }
 
   Tiles tiles_at(int64_t begin) const {
