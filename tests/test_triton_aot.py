@@ -37,7 +37,6 @@ def test_element_masks_on_every_target(target):
 # {Triton: {variant: gpu_report.numbers on sm_90}}, which python -m benchmarks.gpu_report --bounds writes
 BOUNDS = json.loads((Path(__file__).parent / "helpers/triton_bounds.json").read_text())
 # one number of a wide pass, which the compiler keeps in memory for the sake of 32 registers
-SPILLS = {("3.9", "mask: element, fp32"): (2, 8)}
 SAMPLE = {  # what an ordinary run compiles: one of each kind of pass, the quick ones
     "none, fp32",
     "element, fp32",
@@ -62,7 +61,7 @@ def test_no_variant_spills(variant):
     if str(variant) not in SAMPLE and "GRADDROP_ALL" not in os.environ:
         pytest.skip("compiled with the others by make test-all")
     report = gpu_report.examine(variant, "sm_90")
-    assert (report.spills, report.stack) == SPILLS.get((VERSION, str(variant)), (0, 0))
+    assert (report.spills, report.stack) == (0, 0)
     widths = dict(report.passes["wide"].widths)
     if variant.own:
         assert widths.pop(4) == 6  # a factor at a time, of each tile's block
