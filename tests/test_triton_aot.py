@@ -36,7 +36,6 @@ def test_element_masks_on_every_target(target):
 
 # {Triton: {variant: gpu_report.numbers on sm_90}}, which python -m benchmarks.gpu_report --bounds writes
 BOUNDS = json.loads((Path(__file__).parent / "helpers/triton_bounds.json").read_text())
-# one number of a wide pass, which the compiler keeps in memory for the sake of 32 registers
 SAMPLE = {  # what an ordinary run compiles: one of each kind of pass, the quick ones
     "none, fp32",
     "element, fp32",
