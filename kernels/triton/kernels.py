@@ -306,7 +306,7 @@ def update_strided(
         table = block_table(row, kind, effect, offset // block, block, dtype)
 
     start, stop = start.to(number), stop.to(number)
-    reads_grad = has_grad(row, kind, effect)
+    grad_stop = tl.where(has_grad(row, kind, effect), stop, start)
     for base in range(start, stop, STRIDED):
         position = base + tl.arange(0, STRIDED)
         inside = position < stop
@@ -324,7 +324,7 @@ def update_strided(
         else:
             mine = factors
         update_at(
-            p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, 0, inside, inside & reads_grad, kept, effect,
+            p_ptr + p_at, g_ptr + g_at, state_ptrs, p_at, 0, inside, position < grad_stop, kept, effect,
             factor, mine, random, RULE, STATES, dtype,
         )  # fmt: skip
 
