@@ -1,4 +1,4 @@
-"""Hypothesis profiles, the reason for which `gpu` tests skip, and parts of a run."""
+"""Hypothesis profiles, the reasons for which `gpu` and `nightly` tests skip, and parts of a run."""
 
 import os
 
@@ -19,6 +19,11 @@ def pytest_collection_modifyitems(items):
     if part := os.environ.get("GRADDROP_PART"):  # "2/6": of all tests, each sixth from the third on
         first, parts = map(int, part.split("/"))
         items[:] = items[first::parts]
+    if "GRADDROP_ALL" not in os.environ:
+        skip = pytest.mark.skip(reason="runs by make test-all")
+        for item in items:
+            if "nightly" in item.keywords:
+                item.add_marker(skip)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA or ROCm device, and torch sees none")

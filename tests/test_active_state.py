@@ -181,7 +181,7 @@ CASES += [
 ]
 
 
-@pytest.mark.parametrize("policy, rule, backend", CASES, ids="-".join)
+@pytest.mark.parametrize("policy, rule, backend", CASES, ids=["-".join(case) for case in CASES])
 def test_it_trains_as_torch_does_on_blocks_that_are_parameters(policy, rule, backend):
     drop = POLICIES[policy]
     ours, theirs = RULES[rule]

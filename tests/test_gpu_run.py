@@ -22,6 +22,7 @@ needs_op = pytest.mark.skipif(
 
 @needs_op
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_rehearsal_runs_every_stage_and_writes_the_report(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu_run", "--rehearse", "--out", tmp_path / "out"]
     command += ["--report", tmp_path / "run.md"]

@@ -535,9 +535,7 @@ def test_layer_policies_without_layers_are_an_error_that_says_what_to_do():
 def test_a_policy_that_every_group_overrules_is_refused(theirs):
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     groups = [{"params": [*first.named_parameters("a")], "drop": theirs}]
-    with pytest.raises(
-        ValueError, match=r"drop=GradDrop\(p=0.1.* would be used by no group: .*param_groups"
-    ):
+    with pytest.raises(ValueError, match=r"drop=GradDrop\(p=0.1.* would be used by no group: .*param_groups"):
         GradDropAdamW(groups, drop=GradDrop(p=0.1))
     GradDropAdamW([*groups, {"params": [*second.named_parameters("b")]}], drop=GradDrop(p=0.1))  # the second takes it
     GradDropAdamW([{**groups[0], "drop": GradDrop(p=0.1)}], drop=GradDrop(p=0.1))

@@ -117,6 +117,7 @@ def test_a_stale_op_is_refused_and_build_replaces_it(site, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @needs_op
 def test_a_wheel_with_the_op_from_a_path_with_spaces(tmp_path):
     source = tmp_path / "a path with spaces"

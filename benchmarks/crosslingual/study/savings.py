@@ -3,8 +3,8 @@
     python -m benchmarks.crosslingual.study.savings --out docs/memory --report docs/memory.md
 
 Texts, training and scores are those of docs/study.md with true labels, but for 20 epochs, in which p = 0.9 comes by
-every row twice; learning rates are searched for in the same way, on seed 1000, and seeds 0 to 4 are reported. Finished runs are lines of OUT/savings.jsonl, and the same command goes on
-where it stopped.
+every row twice; learning rates are searched for in the same way, on seed 1000, and seeds 0 to 4 are reported. Finished
+runs are lines of OUT/savings.jsonl, and the same command goes on where it stopped.
 """
 
 import argparse
