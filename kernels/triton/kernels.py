@@ -74,25 +74,15 @@ def update_kernel(
     reals,  # (tensors, 8), float64: contract.Real
     rounding,  # (tensors, 2), int64: contract.Rounding, or None to round to nearest
     seed: tl.uint64,
-    grad_scale,  # one float, or None without AMP
-    found_inf,  # one float, or None without AMP
-    RULE: tl.constexpr,
-    STATES: tl.constexpr,  # tensors of state
-    FACTORS: tl.constexpr,  # numbers that the rule takes
-    PARAM_DTYPE: tl.constexpr,
-    GRAD_DTYPE: tl.constexpr,
-    STATE_DTYPE: tl.constexpr,
-    KINDS: tl.constexpr,  # bit k: Mask k may occur; this and the next but for tensors that are left alone
-    EFFECTS: tl.constexpr,  # bit k: Effect k may occur
+    grad_scale, found_inf,  # one float each, or None without AMP
+    RULE: tl.constexpr, STATES: tl.constexpr, FACTORS: tl.constexpr,  # tensors of state; numbers that the rule takes
+    PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
+    KINDS: tl.constexpr, EFFECTS: tl.constexpr,  # bit k: Mask or Effect k may occur, but for tensors left alone
     OWN: tl.constexpr,  # blocks may have factors of their own
-    DIMS: tl.constexpr,  # most dimensions of a tensor that is not linear; 0: all are
-    WIDE: tl.constexpr,  # such a tensor reaches beyond 32 bits
-    TILES: tl.constexpr,  # of a wide pass
-    VECTOR: tl.constexpr,  # consecutive elements of a thread in it
-    NARROW: tl.constexpr,  # tiles of a narrow pass
-    STRIDED: tl.constexpr,  # elements of a strided pass
-    CHUNK: tl.constexpr,  # elements of a program
-):
+    DIMS: tl.constexpr, WIDE: tl.constexpr,  # most of a tensor that is not linear (0: all are); beyond 32 bits
+    TILES: tl.constexpr, VECTOR: tl.constexpr,  # tiles of a wide pass, and a thread's consecutive elements in it
+    NARROW: tl.constexpr, STRIDED: tl.constexpr, CHUNK: tl.constexpr,  # tiles, elements of such a pass; of a program
+):  # fmt: skip
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
