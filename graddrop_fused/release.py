@@ -307,7 +307,7 @@ def _check(model: nn.Module, given: Any, optimizer: MaskedOptimizer) -> None:
         raise ValueError("optimizer must not release gradients already: call the other handle's remove() first")
     for hook in (hook for p in held if p in params for hook in (p._post_accumulate_grad_hooks or {}).values()):
         other = getattr(hook, "__self__", None)
-        if isinstance(other, ReleasedGradients) and not other._removed:
+        if isinstance(other, ReleasedGradients) and not other._removed and other._in_its_loop():
             raise ValueError(
                 "model must not release gradients to another optimizer already: keep the handle that "
                 "release_gradients returned, and call its remove() first"

@@ -421,6 +421,7 @@ def test_an_interrupted_trainer_releases_no_more(tmp_path):
         run.model(**{k: v[None] for k, v in examples(1)[0].items()}).loss.backward()
         assert all(p.grad is not None for p in run.model.parameters())
     other.step()
+    release_gradients(run.model, GradDropAdamW(run.model.named_parameters(), lr=1e-3)).remove()  # nor is in the way
 
 
 # Bad input
