@@ -20,7 +20,6 @@ HOST = torch.device("cpu")
 _EVERY = Row(Mask.BLOCK)
 _WHOLE = 2**62  # a block that has every tensor in it
 _ZERO = torch.zeros(1, dtype=torch.int64, device=HOST)
-_FIRST = _ZERO  # the only line of a tensor
 
 
 class Carried(NamedTuple):
@@ -101,9 +100,8 @@ def _runs_of_lines(
     from_ = torch.maximum(number * block, places)
     ends = torch.minimum(number * block + block, places + length)
     starts, lengths = starts[line] + from_ - places, ends - from_
-    begins_run = torch.ones(len(starts), dtype=torch.bool, device=HOST)
-    begins_run[1:] = (starts[1:] != (starts + lengths)[:-1]) | (from_[1:] != ends[:-1]) | (tensor[1:] != tensor[:-1])
-    return torch.stack([starts[begins_run], _sums(lengths, begins_run)], 1), tensor[begins_run]
+    first = _begins(tensor, lengths, starts, from_)
+    return torch.stack([starts[first], _sums(lengths, first)], 1), tensor[first]
 
 
 def _block(asked: Asked) -> int:
@@ -118,7 +116,7 @@ def _lines(shard: Shard) -> tuple[Tensor, Tensor, int]:
     sizes, strides, _ = collapse(shard, Shard.whole(shard.shape).strides)
     length = sizes[-1] if sizes and strides[-1] == 1 else 1
     if length == shard.numel:
-        return _FIRST, torch.tensor([shard.offset], dtype=torch.int64, device=HOST), length
+        return _ZERO, torch.tensor([shard.offset], dtype=torch.int64, device=HOST), length
     starts = torch.arange(0, shard.numel, length, device=HOST)
     return starts, shard.at(starts), length
 
@@ -177,9 +175,7 @@ def carry(
     to = (after.packed - after.starts)[of_new[in_old]] + starts[in_old]
     from_ = (before.packed - before.starts)[run] + starts[in_old]
     lengths, moved = lengths[in_old], tensor[in_old]
-    goes_on = torch.zeros(len(to), dtype=torch.bool, device=HOST)
-    goes_on[1:] = (to[1:] == (to + lengths)[:-1]) & (from_[1:] == (from_ + lengths)[:-1])
-    first = ~goes_on | _changes(moved)
+    first = _begins(moved, lengths, to, from_)
     copies = torch.stack([from_[first], to[first], _sums(lengths, first)], 1)
 
     def parts(table: Tensor, of: Tensor) -> list[Tensor]:
@@ -212,6 +208,14 @@ def _changes(column: Tensor) -> Tensor:
     """Where a column's entries differ from the one before, and the first."""
     found = torch.ones(len(column), dtype=torch.bool, device=HOST)
     found[1:] = column[1:] != column[:-1]
+    return found
+
+
+def _begins(tensor: Tensor, lengths: Tensor, *places: Tensor) -> Tensor:
+    """Where a stretch does not go on with the one before: in another tensor, or not behind it in one of ``places``."""
+    found = _changes(tensor)
+    for starts in places:
+        found[1:] |= starts[1:] != (starts + lengths)[:-1]
     return found
 
 
