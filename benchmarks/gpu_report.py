@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu_report [--quick] [--targets sm_90 ...]
     python -m benchmarks.gpu_report --bounds tests/helpers/triton_bounds.json
+    python -m benchmarks.gpu_report --bounds tests/helpers/triton_bounds.json --table docs/gpu.md
 
 Compiler-derived predictions only: nothing here was timed on a GPU, and none is needed. Each variant is compiled ahead
 of time for sm_80, sm_90, sm_100 and gfx942 with the options of a real launch. SASS comes from the disassembler in
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.assembly import Amd, Nvidia, PassShape, Report
+from benchmarks.crosslingual import reports
 from graddrop_fused import triton_backend
 from graddrop_fused.contract import Effect, Mask
 from graddrop_fused.rules import SGD, AdamW, Lion, MaskOnly, Rule
@@ -46,6 +48,7 @@ RULES = {
 }
 EFFECTS = {"gradient": 1 << Effect.GRADIENT, "freeze": 1 << Effect.FREEZE, "any effect": (1 << len(Effect)) - 1}
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+BEGIN, END = "<!-- what the compilers say: begin -->", "<!-- what the compilers say: end -->"
 
 
 @dataclass(frozen=True)
@@ -246,12 +249,28 @@ def write_bounds(path: Path) -> None:
         path.write_text("{\n" + ",\n".join(tables) + "\n}\n")
 
 
+def bounds_table(bounds: dict[str, dict[str, list[float]]]) -> str:
+    """Markdown: what the JSON file says, a column for each version of Triton."""
+    lines = [["variant", "B/elem", *bounds], ["---"] * (2 + len(bounds))]
+    for variant in VARIANTS:
+        found = [of.get(str(variant)) for of in bounds.values()]
+        cells = [f"{n[0]}: {' / '.join(f'{x:.1f}' for x in n[1:])}" if n else "not measured" for n in found]
+        lines.append([str(variant), f"{variant.bytes_per_element:g}", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Static report of the Triton kernels: predictions, no GPU timing.")
     parser.add_argument("--quick", action="store_true", help="AdamW with element masks only")
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--bounds", type=Path, metavar="FILE", help="write what the tests compare with, and stop")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="only write what --bounds has into this Markdown file"
+    )
     options = parser.parse_args()
+    if options.table:
+        reports.write_between(options.table, BEGIN, END, bounds_table(json.loads(options.bounds.read_text())))
+        return
     if options.bounds:
         write_bounds(options.bounds)
         return

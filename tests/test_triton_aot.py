@@ -55,6 +55,11 @@ def test_bounds_are_of_declared_variants():
         assert SAMPLE <= set(of) <= set(names)
 
 
+def test_docs_show_the_bounds():
+    page = (Path(__file__).parents[1] / "docs/gpu.md").read_text("utf-8")
+    assert gpu_report.bounds_table(BOUNDS) in page
+
+
 @pytest.mark.parametrize("variant", gpu_report.VARIANTS, ids=str)
 def test_no_variant_spills(variant):
     if str(variant) not in SAMPLE and "GRADDROP_ALL" not in os.environ:
