@@ -165,7 +165,10 @@ def wide_kept(kind, whole, first, packed, window, key, KINDS: tl.constexpr, TILE
 
 @triton.jit
 def tile_counters(first, TILES: tl.constexpr):
-    """The first counter of each tile, [TILES, 1], int64. ``first``: global index, a multiple of 128."""
+    """The first counter of each tile, [TILES, 1], int64. ``first``: global index, a multiple of 128.
+
+    ``first >> 3`` says the same, and Triton 3.9.0 then spills a number of the rule "mask".
+    """
     return first // TILE * 16 + tl.arange(0, TILES)[:, None] * 16
 
 
