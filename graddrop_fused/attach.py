@@ -64,11 +64,8 @@ class MaskHandle:
         self._clock = Clock(seed, steps_per_epoch)
         groups = [self._group(group, self._found_in(group)) for group in optimizer.param_groups]
         _check(groups)
-        if drop is not None and all(policy_of(group) is not drop for group in groups):
-            raise ValueError(
-                f"drop must be of use to a group, and every group has a 'drop' of its own (None keeps all): leave "
-                f"drop={drop!r} out, or the groups' own"
-            )
+        validate.policy_is_used(drop, groups)
+        validate.warn_of_groups_as_layers(groups)
         self._take_over()
         self._key: list = []
         self._facts: Facts | None = None

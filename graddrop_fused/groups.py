@@ -86,6 +86,11 @@ def policy_of(group: Mapping[str, Any]) -> Policy | None:
     return group.get("drop")
 
 
+def shown_policies(groups: Sequence[Mapping[str, Any]]) -> str:
+    """The policies that occur, for an error's text."""
+    return ", ".join(dict.fromkeys(repr(policy_of(group)) for group in groups))
+
+
 def effect_of(group: Mapping[str, Any]) -> Effect:
     """The group's effect; None is its policy's default."""
     effect, policy = group.get("effect"), policy_of(group)

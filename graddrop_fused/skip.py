@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .contract import Effect
-from .groups import effect_of, is_layerwise, policy_of
+from .groups import effect_of, is_layerwise, shown_policies
 from .masked import MaskedOptimizer
 from .module_calls import ModuleCalls
 
@@ -87,10 +87,9 @@ class SkippedLayers:
                 f"optimizer must hold parameters of the model, got one with none of {type(model).__name__}'s"
             )
         if not any(map(is_layerwise, optimizer.param_groups)):
-            policies = [*dict.fromkeys(repr(policy_of(group)) for group in optimizer.param_groups)]
             raise ValueError(
                 "optimizer must have a group whose policy drops whole layers with skip_dropped_layers, such as "
-                f"LayerGradDrop(p=0.5), got {', '.join(policies)}"
+                f"LayerGradDrop(p=0.5), got {shown_policies(optimizer.param_groups)}"
             )
         self._participation = _Participation(model)
         self._decided: set[Tensor] = set()  # what the coming step's passes switch off

@@ -11,7 +11,17 @@ from torch.nn.parameter import is_lazy
 
 from .checks import check_bool, check_choice, check_nonnegative, shown
 from .fakes import is_fake
-from .groups import Layers, Member, effect_of, is_layerwise, members, policy_of, rounds_stochastically, static_mask
+from .groups import (
+    Layers,
+    Member,
+    effect_of,
+    is_layerwise,
+    members,
+    policy_of,
+    rounds_stochastically,
+    shown_policies,
+    static_mask,
+)
 from .names import canonical_name, numbered_block
 from .policies import EFFECTS, Policy, StaticMask
 from .rules import Rule
@@ -152,10 +162,10 @@ def all_groups(param_groups: Sequence[Mapping[str, Any]]) -> None:
 def policy_is_used(drop: Policy | None, param_groups: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError if the constructor got a policy that every group's own entry overrules."""
     if drop is not None and all(policy_of(group) != drop for group in param_groups):
-        found = [*dict.fromkeys(repr(policy_of(group)) for group in param_groups)]
         raise ValueError(
-            f"drop={drop!r} would be used by no group: their own entries say drop={', '.join(found)}. Give it to the "
-            f"groups, as in param_groups(model, drop={drop!r}), and not to the optimizer"
+            f"drop must be of use, and drop={drop!r} would be used by no group: their own entries say "
+            f"drop={shown_policies(param_groups)}. Give it to the groups, as in param_groups(model, drop={drop!r}), or "
+            "leave their own out"
         )
 
 
