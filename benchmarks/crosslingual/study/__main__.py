@@ -5,7 +5,7 @@
     python -m benchmarks.crosslingual.study --out docs/study --report docs/study.md --choosing docs/choosing.md
 
 Each finished run is a line of OUT/study.jsonl at once. The same command goes on where it stopped. To spread it over
-machines: --parts tune on one; copy its file to all; --parts first,effects --seeds 0-4 on one, --seeds 5-7 on another;
+machines: --parts tune on one; copy its file to all; --parts first,effects --seeds 0-4 on one, --seeds 5-9 on another;
 join the files (cat, a line that is there twice does no harm); then the whole command once more, for multiemo.
 """
 
@@ -34,13 +34,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--parts", default=",".join(PARTS), help="comma-separated (default: %(default)s)")
     p.add_argument("--seeds", help="reported seeds, as in 0-4 or 0,3 (default: all of the design's)")
     p.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one a core, %(default)s")
+    p.add_argument("--bfloat16", action="store_true", help="autocast: half the time where a processor multiplies it")
     p.add_argument("--model", default=models.EMBEDDED, help="default: the embedded %(default)s")
     p.add_argument("--dry-run", action="store_true", help="only say what is there and what is missing")
     return p
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
-    plan = Plan(arguments.model)
+    plan = Plan(arguments.model, autocast=arguments.bfloat16)
     return quick(plan) if arguments.quick else plan
 
 
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _work(plan: Plan, path: Path, processes: int, parts: list[str]) -> dict[tuple, dict]:
     done = pool.work(plan, path, processes, parts)
-    unknown = [arm.name for arm in (*plan.first, *plan.effects) if plan.lr(arm, done) is None]
+    unknown = [arm.name for arm in plan.first if plan.lr(arm, done) is None]
     if unknown and parts != ["tune"]:
         raise ValueError(f"no learning rate is known for {', '.join(unknown)}: --parts tune comes first")
     return done

@@ -106,10 +106,10 @@ class Predictions:
         seeds = self.scores(method) - self.scores(base)
         return Comparison(
             method, base, self.noise,
-            estimate(gains.mean(), drawn.mean(1)),
-            estimate(drops.mean(), drawn_drops.mean(1)),
-            estimate(gains @ weights, drawn @ weights),
-            {name: estimate(gains[i], drawn[:, i]) for i, name in enumerate(self.languages)},
+            estimate(gains.mean(), drawn.mean(1), len(seeds)),
+            estimate(drops.mean(), drawn_drops.mean(1), len(seeds)),
+            estimate(gains @ weights, drawn @ weights, len(seeds)),
+            {name: estimate(gains[i], drawn[:, i], len(seeds)) for i, name in enumerate(self.languages)},
             float(seeds.std(ddof=1)) if len(seeds) > 1 else float("nan"),
             len(seeds),
         )  # fmt: skip

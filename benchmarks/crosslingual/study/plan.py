@@ -13,28 +13,30 @@ TRUE, WRONG = 0.0, 0.3  # share of training labels that are wrong
 
 
 class Arm(NamedTuple):
-    """A method as the study runs it: a key of methods.METHODS with p and effect."""
+    """A method as the study runs it: a key of methods.METHODS with p and effect, and whose learning rate it takes."""
 
     name: str
     method: str
     p: float | None = None
     effect: str | None = None
+    tuned: str | None = None  # another arm's name; None: its own is searched for
 
 
 FIRST = (
     Arm(BASELINE, "fine-tuning"),
-    Arm(CONTROL, "fine-tuning"),
+    Arm(CONTROL, "fine-tuning", tuned=CONTROLLED),
     Arm("graddrop", "graddrop", P),
     Arm("layer-graddrop", "layer-graddrop", P),
-    Arm("anneal-graddrop", "anneal-graddrop"),
-    Arm("anneal-layer-graddrop", "anneal-layer-graddrop"),
-    Arm("graddrop-epoch", "graddrop-epoch"),
-    Arm("graddrop-epoch-toggle", "graddrop-epoch-toggle", P),
+    Arm("anneal-graddrop", "anneal-graddrop", tuned="graddrop"),
+    Arm("anneal-layer-graddrop", "anneal-layer-graddrop", tuned="layer-graddrop"),
+    Arm("graddrop-epoch", "graddrop-epoch", tuned="graddrop"),
+    Arm("graddrop-epoch-toggle", "graddrop-epoch-toggle", P, tuned="graddrop"),
     Arm("gradfreeze-top-down", "unfreezing-top-down"),
     Arm("gradfreeze-bottom-up", "unfreezing-bottom-up"),
 )
+NOISY = (BASELINE, CONTROL, "graddrop", "layer-graddrop", "graddrop-epoch")  # which of them see wrong labels, too
 EFFECTS = tuple(
-    arm._replace(name=f"{arm.name}, {effect}", effect=effect)
+    arm._replace(name=f"{arm.name}, {effect}", effect=effect, tuned=arm.tuned or arm.name)
     for arm in FIRST
     if arm.name in ("graddrop", "layer-graddrop", "graddrop-epoch", "graddrop-epoch-toggle")
     for effect in ("update", "freeze")
@@ -70,29 +72,31 @@ class Plan:
     """Sizes of the study; the defaults are those of docs/study.md."""
 
     model: str
-    seeds: tuple[int, ...] = tuple(range(8))
+    seeds: tuple[int, ...] = tuple(range(10))
+    stage: int = 5  # seeds of the first stage, which is reported without claims
     tuning_seeds: tuple[int, ...] = (1000, 1001)  # one for each of noises
     rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
     widenings: int = 2  # of the grid, each by a factor of two, where the best stands at an end
-    epochs: int = 12
+    epochs: int = 10
     train: int = 300
     dev: int = 10  # sentences a language
     test: int = 150  # sentences a language, where there are as many
     draws: int = 10_000  # of the bootstrap
     first: tuple[Arm, ...] = FIRST
+    noisy: tuple[str, ...] = NOISY
     effects: tuple[Arm, ...] = EFFECTS
     effect_seeds: tuple[int, ...] = tuple(range(4))
     multiemo_seeds: tuple[int, ...] = tuple(range(5))
     multiemo_test: int = 100
     best: int = 4  # masked methods that go on to multiemo
-    autocast: bool = True
+    autocast: bool = False  # forward and backward in bfloat16
     task: str = "intents"
     noises: tuple[float, ...] = (TRUE, WRONG)
 
     def settings(self) -> dict:
         """What a result must have been run with to belong to this plan."""
         return {"model": self.model, "epochs": self.epochs, "train": self.train, "dev": self.dev, "test": self.test,
-                "multiemo_test": self.multiemo_test, "autocast": self.autocast}  # fmt: skip
+                "multiemo_test": self.multiemo_test}  # fmt: skip
 
     def pending(self, done: dict[tuple, dict], parts: Iterable[str] = PARTS) -> Iterator[Run]:
         """The runs that are missing and can begin now, in the order of their doing."""
@@ -103,7 +107,7 @@ class Plan:
         """How many runs there are, done or not, as far as can be told: the search may still widen its grids."""
         sizes = {
             "tune": len(list(self._tune(done))),
-            "first": len(self.first) * len(self.noises) * len(self.seeds),
+            "first": sum(len(self.arms(noise)) for noise in self.noises) * len(self.seeds),
             "effects": len(self.effects) * len(self._effect_seeds),
             "multiemo": (self.best + 2) * len(self.multiemo_seeds) if self.best else 0,
         }
@@ -115,11 +119,15 @@ class Plan:
         yield from self._effects(done)
         yield from self._multiemo(done)
 
+    def arms(self, noise: float) -> tuple[Arm, ...]:
+        """Those of the first list that run with this share of wrong labels."""
+        return tuple(arm for arm in self.first if noise == TRUE or arm.name in self.noisy)
+
     def lr(self, arm: Arm, done: dict[tuple, dict]) -> float | None:
         """The arm's learning rate, or None while it is being searched for."""
-        if arm.name == CONTROL:
-            tuned = self.lr(next(a for a in self.first if a.name == CONTROLLED), done)
-            return tuned and tuned * (1 - P) ** 0.5
+        if arm.tuned is not None:
+            found = self.lr(next(a for a in self.first if a.name == arm.tuned), done)
+            return found and found * (1 - P) ** (0.5 if arm.name == CONTROL else 0)
         rates, scores = self.searched(arm, done)
         return None if None in scores.values() else best_rate(scores)
 
@@ -144,30 +152,30 @@ class Plan:
         return None if None in results else fmean(max(result["dev"]) for result in results)
 
     def _tuning_runs(self, arm: Arm, rate: float) -> list[Run]:
-        pairs = list(zip(self.tuning_seeds, self.noises, strict=True))
-        return [Run("tune", self.task, arm, noise, seed, rate) for seed, noise in pairs[arm in self.effects :]]
+        pairs = zip(self.tuning_seeds, self.noises, strict=True)
+        return [Run("tune", self.task, arm, noise, seed, rate) for seed, noise in pairs]
 
     def _tune(self, done) -> Iterator[Run]:
-        for arm in (*self.first, *self.effects):
-            if arm.name != CONTROL:
+        for arm in self.first:
+            if arm.tuned is None:
                 for rate in self.searched(arm, done)[0]:
                     yield from self._tuning_runs(arm, rate)
 
     def _first(self, done) -> Iterator[Run]:
-        return self._runs("first", self.first, self.noises, self.seeds, done)
+        return self._runs("first", {noise: self.arms(noise) for noise in self.noises}, self.seeds, done)
 
     def _effects(self, done) -> Iterator[Run]:
-        return self._runs("effects", self.effects, (WRONG,), self._effect_seeds, done)
+        return self._runs("effects", {WRONG: self.effects}, self._effect_seeds, done)
 
     @property
     def _effect_seeds(self) -> tuple[int, ...]:
         """Those of the design that this machine does."""
         return tuple(seed for seed in self.effect_seeds if seed in self.seeds)
 
-    def _runs(self, part: str, arms: tuple[Arm, ...], noises, seeds, done) -> Iterator[Run]:
-        rates = {arm: self.lr(arm, done) for arm in arms}
+    def _runs(self, part: str, arms_of: dict[float, tuple[Arm, ...]], seeds, done) -> Iterator[Run]:
+        rates = {arm: self.lr(arm, done) for arms in arms_of.values() for arm in arms}
         for seed in seeds:  # seed by seed: paired from the beginning
-            for noise in noises:
+            for noise, arms in arms_of.items():
                 for arm in arms:
                     if rates[arm] is not None:
                         yield Run(part, self.task, arm, noise, seed, rates[arm])
@@ -181,12 +189,12 @@ class Plan:
     def best_arms(self, done: dict[tuple, dict]) -> list[Arm]:
         """The baseline, the control and the masked methods that go on; none before the first part is complete."""
         runs = list(self._first(done))
-        complete = len(runs) == len(self.first) * len(self.noises) * len(self.seeds)
+        complete = len(runs) == self.count(done, ["first"])
         if not self.best or not complete or any(run.key not in done for run in runs):
             return []
 
         def score(arm: Arm) -> float:
-            return fmean(done[run.key]["best"] for run in runs if run.arm == arm)
+            return fmean(done[run.key]["best"] for run in runs if run.arm == arm and run.noise == TRUE)
 
         masked = [arm for arm in self.first if arm.name not in (BASELINE, CONTROL)]
         plain = [arm for arm in self.first if arm.name in (BASELINE, CONTROL)]

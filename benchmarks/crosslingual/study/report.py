@@ -6,6 +6,7 @@ import numpy as np
 
 from .. import reports, tables
 from . import plots
+from .bootstrap import estimate
 from .outcomes import OUTCOMES, Comparison, Predictions, corrected
 from .plan import BASELINE, CONTROL, TRUE, WRONG, Arm, Plan
 from .runs import study_task
@@ -74,18 +75,22 @@ def _table(rows: tables.Rows, folder: Path, name: str) -> str:
 def _state(plan: Plan, done: dict[tuple, dict], first: dict[float, Predictions]) -> str:
     runs = [result for key, result in done.items() if key[0] != "tune"]
     hours = sum(result["seconds"] for result in done.values()) / 3600
-    machines = sorted({result["machine"] for result in runs})
+    machines = sorted({f"{result['machine']}, {result['arithmetic']}" for result in runs})
     seeds = " and ".join(f"{len(found.seeds)} seeds ({_named(noise).lower()})" for noise, found in first.items())
-    wanted = len(plan.first) * len(plan.noises) * len(plan.seeds)
+    wanted = plan.count(done, ["first"])
     complete = sum(key[0] == "first" for key in done)
     text = (
         f"{complete} of {wanted} runs of the first list, {len(done)} runs in all, {hours:.1f} core-hours; "
         f"{'; '.join(machines)}. Compared on {seeds}."
-        " Scores in per cent, differences in points; 95 % intervals and p from "
-        f"{plan.draws:,} draws of seeds and sentences, intervals pointwise, Holm's p over the table that it stands in. "
+        " Scores in per cent, differences in points; 95 % intervals and p by Student's t, with the standard error of "
+        f"{plan.draws:,} draws of seeds and sentences; intervals pointwise, Holm's p over the table that it stands in. "
         "Visible gain: what as many seeds find in four of five studies, uncorrected, at this spread."
     )
-    return text if complete >= wanted else f"**Incomplete: nothing is to be read from it.** {text}"
+    if complete >= wanted:
+        return text
+    if len(first) == len(plan.noises) and all(len(found.seeds) >= plan.stage for found in first.values()):
+        return f"**First stage: intervals to go by, no claims.** {text}"
+    return f"**Incomplete: nothing is to be read from it.** {text}"
 
 
 def scores_table(found: Predictions) -> tables.Rows:
@@ -121,11 +126,11 @@ def _between(true: Predictions, wrong: Predictions) -> tables.Rows:
     if true.seeds != wrong.seeds:
         return rows
     for method in true.runs:
-        if method != BASELINE:
+        if method != BASELINE and method in wrong.runs:
             pairs = [found.right(method, "best") - found.right(BASELINE, "best") for found in (wrong, true)]
             observed, drawn = true.draws.gains(pairs[0] - pairs[1])
-            low, high = np.percentile(drawn.mean(1), [2.5, 97.5])
-            rows.append([method, f"{observed.mean():+.2f}", f"{low:+.2f} to {high:+.2f}"])
+            gain = estimate(observed.mean(), drawn.mean(1), len(true.seeds))
+            rows.append([method, f"{gain.mean:+.2f}", f"{gain.low:+.2f} to {gain.high:+.2f}"])
     return rows
 
 
@@ -161,7 +166,7 @@ def _exploratory(plan: Plan, done: dict[tuple, dict], folder: Path) -> list[str]
 def rates_table(plan: Plan, done: dict[tuple, dict]) -> tables.Rows:
     """Dev scores of the search."""
     searched: dict[Arm, dict[float, float | None]] = {
-        arm: plan.searched(arm, done)[1] for arm in (*plan.first, *plan.effects) if arm.name != CONTROL
+        arm: plan.searched(arm, done)[1] for arm in plan.first if arm.tuned is None
     }
     rates = sorted({rate for scores in searched.values() for rate in scores})
     rows = [["dev score at lr", *(f"{rate:g}" for rate in rates), "chosen"]]

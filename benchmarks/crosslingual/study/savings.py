@@ -39,9 +39,10 @@ def report(planned: Plan, done: dict[tuple, dict]) -> str:
         raise ValueError("no seed has results of all methods yet")
     family = [found.compare(arm.name, BASELINE) for arm in ARMS[1:]]
     hours = sum(result["seconds"] for result in done.values()) / 3600
+    machines = sorted({f"{result['machine']}, {result['arithmetic']}" for result in done.values()})
     state = (
         f"{len(found.seeds)} of {len(planned.seeds)} seeds, {len(done)} runs, {hours:.1f} core-hours; "
-        f"{'; '.join(sorted({result['machine'] for result in results}))}. Scores in per cent, differences in points "
+        f"{'; '.join(machines)}. Scores in per cent, differences in points "
         "with intervals over seeds and sentences."
     )
     found_tables = [scores_table(found), family_table(family, "score"), rates_table(planned, done)]
@@ -52,9 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/savings"), help="folder (default: %(default)s)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="Markdown file that takes the tables")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="autocast: half the time where a processor multiplies it"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one a core, %(default)s")
     arguments = parser.parse_args(argv)
-    planned = plan()
+    planned = replace(plan(), autocast=arguments.bfloat16)
     try:
         done = pool.work(planned, arguments.out / "savings.jsonl", arguments.processes, ("tune", "first"))
         text = report(planned, done)
