@@ -8,7 +8,7 @@ from .. import reports, tables
 from . import plots
 from .bootstrap import estimate
 from .outcomes import OUTCOMES, Comparison, Predictions, corrected
-from .plan import BASELINE, CONTROL, TRUE, WRONG, Arm, Plan
+from .plan import BASELINE, TRUE, WRONG, Arm, Plan
 from .runs import study_task
 
 MARKER = "<!-- results: python -m benchmarks.crosslingual.study writes all that follows -->"
