@@ -158,7 +158,7 @@ def test_drawn_gains_are_those_of_the_drawn_sentences():
         assert drawn[i] == pytest.approx([sample[:, :3].mean(), sample[:, 3:].mean()])
 
 
-@pytest.mark.parametrize("seeds", [5, 10])
+@pytest.mark.parametrize("seeds", [4, 10])
 @pytest.mark.parametrize("sentence_part", [0.2, 1.0])
 def test_intervals_cover(sentence_part, seeds):
     """Studies drawn anew, with seeds and sentences that matter: 95 in 100 intervals or more hold the true gain."""

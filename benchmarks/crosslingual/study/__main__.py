@@ -5,7 +5,7 @@
     python -m benchmarks.crosslingual.study --out docs/study --report docs/study.md --choosing docs/choosing.md
 
 Each finished run is a line of OUT/study.jsonl at once. The same command goes on where it stopped. To spread it over
-machines: --parts tune on one; copy its file to all; --parts first,effects --seeds 0-4 on one, --seeds 5-9 on another;
+machines: --parts tune on one; copy its file to all; --parts first,effects --seeds 0-3 on one, --seeds 4-9 on another;
 join the files (cat, a line that is there twice does no harm); then the whole command once more, for multiemo.
 """
 
