@@ -70,7 +70,7 @@ def runs(indices: Sequence[int]) -> list[slice]:
 
 
 class HostTables:
-    """Fills a batch's tables on the host. Rows that tensors share are made once."""
+    """Fills a batch's tables, whose place it takes, on the host. Rows that tensors share are made once."""
 
     def __init__(
         self,
@@ -80,13 +80,17 @@ class HostTables:
         stream_ids: Sequence[int],
         spread: Tensor | None = None,  # (rows,), int64: rows that several runs share; `stream_ids` are then the rows'
     ):
-        self.batch, self.rule, self.spread = batch, rule, spread
+        self.rule, self.spread = rule, spread
         self.kinds = list(dict.fromkeys(kinds))
         number = {kind: k for k, kind in enumerate(self.kinds)}
         self.kind_of = [number[kind] for kind in kinds]
         self.index = torch.tensor(self.kind_of, dtype=torch.int64, device=HOST)
         self.stream_ids = torch.tensor(list(stream_ids), dtype=torch.int64, device=HOST)
+        self.integers = _Table("q", *batch.integers.shape)
+        self.reals = _Table("d", *batch.reals.shape)
+        batch.integers, batch.reals = self.integers.tensor, self.reals.tensor
         self.stream_id_column = batch.integers[:, Integer.STREAM_ID]
+        self.stream_id_column.copy_(self.stream_ids)
 
     def fill(self, steps: Mapping[int, GroupStep], t: Sequence[float], left_alone: Sequence[int]) -> None:
         """``t``: step counts of the tensors, this step included. ``left_alone``: tensors that it does not touch."""
@@ -100,36 +104,52 @@ class HostTables:
             numbers = [distinct.setdefault(key, len(distinct)) for key in keys]
             rows = [(self.kinds[kind], count, is_alone) for kind, count, is_alone in distinct]
             index = torch.tensor(numbers, dtype=torch.int64, device=HOST)
-        if self.spread is not None:
-            index = index[self.spread]
-        # frombuffer on an array: torch.tensor takes five times as long, more than the rest of a small step
-        integers = array("q")
-        reals = array("d")
-        for kind, count, is_alone in rows:
-            integers.extend(_integers(kind, steps[kind.group], is_alone))
-            reals.extend(_reals(self.rule, kind, steps[kind.group], count))
-        if rows:
-            _spread(integers, index, self.batch.integers)
-            _spread(reals, index, self.batch.reals)
+        integers = [_integers(kind, steps[kind.group], is_alone) for kind, _, is_alone in rows]
+        reals = [_reals(self.rule, kind, steps[kind.group], count) for kind, count, _ in rows]
+        if len(rows) == 1:
+            self.integers.fill_columns(integers[0])
+            self.reals.fill_columns(reals[0])
+        elif rows:
+            index = index if self.spread is None else index[self.spread]
+            self.integers.fill_rows(integers, index)
+            self.reals.fill_rows(reals, index)
             self.stream_id_column.copy_(self.stream_ids)
 
 
-def _spread(values: array, index: Tensor, table: Tensor) -> None:
-    """Fill ``table`` with the rows of ``values`` that ``index`` names. A single row goes everywhere, and faster."""
-    rows = torch.frombuffer(values, dtype=table.dtype)
-    if len(values) == table.shape[1]:
-        table.copy_(rows)
-    else:
-        torch.index_select(rows.view(-1, table.shape[1]), 0, index, out=table)
+class _Table:
+    """A tensor of shape (rows, columns) whose memory Python writes itself: in a small step each operation of torch's,
+    of which :meth:`fill_columns` needs none, takes longer than the arithmetic."""
+
+    def __init__(self, typecode: str, rows: int, columns: int):
+        self.typecode, self.rows, self.columns = typecode, rows, columns
+        self.everywhere: Sequence[Any] = [None] * columns  # what all rows of a column hold, as far as it is known
+        self.memory = array(typecode, bytes(8 * rows * columns))
+        dtype = torch.int64 if typecode == "q" else torch.float64
+        empty = torch.zeros(0, dtype=dtype, device=HOST)
+        self.tensor = (torch.frombuffer(self.memory, dtype=dtype) if self.memory else empty).view(rows, columns)
+
+    def fill_columns(self, values: Sequence[Any]) -> None:
+        """One value for all rows of each column; None leaves a column as it is."""
+        for column, (value, last) in enumerate(zip(values, self.everywhere, strict=True)):
+            if value != last and value is not None:
+                self.memory[column :: self.columns] = array(self.typecode, (value,)) * self.rows
+        self.everywhere = values
+
+    def fill_rows(self, rows: Sequence[Sequence[Any]], index: Tensor) -> None:
+        """Row i becomes ``rows[index[i]]``; None becomes 0."""
+        values = array(self.typecode, [value or 0 for row in rows for value in row])
+        distinct = torch.frombuffer(values, dtype=self.tensor.dtype).view(-1, self.columns)
+        torch.index_select(distinct, 0, index, out=self.tensor)
+        self.everywhere = [None] * self.columns
 
 
-def _integers(kind: Kind, step: GroupStep, left_alone: bool) -> list[int]:
+def _integers(kind: Kind, step: GroupStep, left_alone: bool) -> list[int | None]:
     row, effect = _LEFT_ALONE if left_alone else (step.row, step.effect)
     # with block="row" a vector's elements decide each for itself
     mask = Mask.ELEMENT if row.mask == Mask.BLOCK and kind.block == 1 else row.mask
     if kind.blocks and mask == Mask.KEEP:  # the blocks have different counts all the same
         mask, row = Mask.BLOCK, _EVERY_BLOCK
-    return [mask, effect, step.word, 0, row.lo, row.span, kind.block]
+    return [mask, effect, step.word, None, row.lo, row.span, kind.block]  # the stream id is the tensor's own
 
 
 def _reals(rule: Rule, kind: Kind, step: GroupStep, t: float) -> list[Any]:
