@@ -122,7 +122,8 @@ class _Table:
 
     def __init__(self, typecode: str, rows: int, columns: int):
         self.typecode, self.rows, self.columns = typecode, rows, columns
-        self.everywhere: Sequence[Any] = [None] * columns  # what all rows of a column hold, as far as it is known
+        self.unknown: Sequence[Any] = [None] * columns
+        self.everywhere = self.unknown  # what all rows of a column hold, as far as it is known
         self.memory = array(typecode, bytes(8 * rows * columns))
         dtype = torch.int64 if typecode == "q" else torch.float64
         empty = torch.zeros(0, dtype=dtype, device=HOST)
@@ -130,17 +131,18 @@ class _Table:
 
     def fill_columns(self, values: Sequence[Any]) -> None:
         """One value for all rows of each column; None leaves a column as it is."""
-        for column, (value, last) in enumerate(zip(values, self.everywhere, strict=True)):
+        known, self.everywhere = self.everywhere, self.unknown  # until this has come to its end
+        for column, (value, last) in enumerate(zip(values, known, strict=True)):
             if value != last and value is not None:
                 self.memory[column :: self.columns] = array(self.typecode, (value,)) * self.rows
         self.everywhere = values
 
     def fill_rows(self, rows: Sequence[Sequence[Any]], index: Tensor) -> None:
         """Row i becomes ``rows[index[i]]``; None becomes 0."""
+        self.everywhere = self.unknown
         values = array(self.typecode, [value or 0 for row in rows for value in row])
         distinct = torch.frombuffer(values, dtype=self.tensor.dtype).view(-1, self.columns)
         torch.index_select(distinct, 0, index, out=self.tensor)
-        self.everywhere = [None] * self.columns
 
 
 def _integers(kind: Kind, step: GroupStep, left_alone: bool) -> list[int | None]:
