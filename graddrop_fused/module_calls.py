@@ -22,14 +22,22 @@ class ModuleCalls:
     Args:
         model: any module. Pickles and deep copies of it know nothing of this.
         before: is given the outermost module; whether the call is of interest.
+        before_compiled: is called before a module that is compiled runs in a call of interest.
     """
 
-    def __init__(self, model: nn.Module, before: Callable[[nn.Module], bool], after: Callable[[], None]):
+    def __init__(
+        self,
+        model: nn.Module,
+        before: Callable[[nn.Module], bool],
+        after: Callable[[], None],
+        before_compiled: Callable[[], None],
+    ):
         self.ran: set[nn.Module] = set()
         # A compiler that traced what we do would fix today's decision in its graph. It is to pass over us, not over the
         # modules that we call.
         torch.compiler.disable(_Call.__call__, recursive=False)
-        self.before, self.after, self.note_all = map(torch.compiler.disable, (before, after, self._note_all))
+        self.before_compiled, self._before_compiled = torch.compiler.disable(self._compiled), before_compiled
+        self.before, self.after = map(torch.compiler.disable, (before, after))
         self.running = self.noting = self.removed = False
         # A compiled model's wrapper would hand the attribute on to the model
         self._calls = [_Call(self, module) for module in model.modules() if "_orig_mod" not in module._modules]
@@ -46,8 +54,9 @@ class ModuleCalls:
             if not call.stands():
                 call.install()
 
-    def _note_all(self, module: nn.Module) -> None:
+    def _compiled(self, module: nn.Module) -> None:
         self.ran.update(module.modules())
+        self._before_compiled()
 
 
 class StandIn:
@@ -95,7 +104,7 @@ class _Call(StandIn):
                 calls.running = True
                 calls.noting = calls.before(self.module)
             if calls.noting and (self.compiled or get_eval_frame_callback()):
-                calls.note_all(self.module)
+                calls.before_compiled(self.module)
             elif calls.noting:
                 calls.ran.add(self.module)
             return self.inner(*args, **kwargs)

@@ -1,6 +1,7 @@
 """Dropped layers cost nothing: no weight gradients for the layers that the coming step drops."""
 
 import sys
+import warnings
 from types import FrameType
 from typing import Any
 
@@ -13,6 +14,10 @@ from .contract import Effect
 from .groups import effect_of, is_layerwise, shown_policies
 from .masked import MaskedOptimizer
 from .module_calls import ModuleCalls
+
+# Before torch 2.12 a graph that was compiled while a parameter was off goes on to serve when it is on again, and gives
+# it no gradient (pytorch/pytorch#139476; seen in 2.11, and not in 2.12).
+GRAPHS_GO_STALE = torch.__version__ < (2, 12)
 
 
 def skip_dropped_layers(model: nn.Module, optimizer: Optimizer) -> "SkippedLayers":
@@ -33,7 +38,8 @@ def skip_dropped_layers(model: nn.Module, optimizer: Optimizer) -> "SkippedLayer
     The trajectory is not the same where something looks at all gradients before the step: the norm of
     clip_grad_norm_ (unless it stays below max_norm both ways) and GradScaler's search for infinities see kept
     gradients only. DDP needs ``find_unused_parameters=True``. torch.compile recompiles for every new set of dropped
-    layers.
+    layers; before torch 2.12 it would not, so that there a model of which anything is compiled skips nothing, with one
+    UserWarning.
 
     Args:
         model: the model, or what wraps it, a LightningModule too.
@@ -94,7 +100,8 @@ class SkippedLayers:
         self._participation = _Participation(model)
         self._decided: set[Tensor] = set()  # what the coming step's passes switch off
         self._off: list[Tensor] = []  # what is switched off at this moment
-        self._calls = ModuleCalls(model, self._before_call, self._after_call)
+        self._all_stays_on = False  # a compiled graph would not notice
+        self._calls = ModuleCalls(model, self._before_call, self._after_call, self._before_compiled)
         self._hooks = [
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
             register_optimizer_step_pre_hook(self._before_any_step),
@@ -120,12 +127,27 @@ class SkippedLayers:
         if torch._C._current_graph_task_id() == -1:  # else a block is computed again during backward: as it was
             self._check_checkpointing()
             self._calls.renew()
-            self._decide(self._skippable())
-        for param in self._decided:
+            if not self._all_stays_on:
+                self._decide(self._skippable())
+        for param in () if self._all_stays_on else self._decided:
             if param.requires_grad:
                 self._off.append(param)
                 param.requires_grad_(False)
         return True
+
+    def _before_compiled(self) -> None:
+        if not GRAPHS_GO_STALE:
+            return
+        for param in self._off:  # and stays in the list: what ran already gives it no gradient
+            param.requires_grad_(True)
+        if not self._all_stays_on:
+            self._all_stays_on = True
+            warnings.warn(
+                f"skip_dropped_layers skips nothing in a compiled model with torch {torch.__version__}, whose graphs "
+                "do not notice that a parameter's requires_grad has changed; torch 2.12 or newer skips",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _after_call(self) -> None:
         if self._off:

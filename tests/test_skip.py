@@ -1,6 +1,7 @@
 """skip_dropped_layers: the same trajectory, bit for bit, without the work."""
 
 import copy
+import warnings
 from functools import partial
 
 import numpy
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import layer_skipping
 from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, GradFreeze, LayerGradDrop, LinearAnneal
+from graddrop_fused import skip as skip_module
 from graddrop_fused.layers import param_groups
 from graddrop_fused.skip import skip_dropped_layers
 
@@ -625,6 +627,31 @@ def test_compiled_blocks_are_compiled_a_few_times(drop):
         runs.append(list(model.parameters()))
     assert 2 <= count.frame_count <= 4
     assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("stale", [True, False], ids=["graphs go stale", "graphs notice"])
+@pytest.mark.parametrize("what", ["model", "block", "child"])
+def test_a_layer_that_was_off_when_it_was_compiled_trains_later(what, stale, monkeypatch):
+    """With a backend that takes gradients from its graphs. Where these go stale nothing is skipped, with a warning."""
+    stale = stale or skip_module.GRAPHS_GO_STALE
+    monkeypatch.setattr(skip_module, "GRAPHS_GO_STALE", stale)
+    torch._dynamo.reset()
+    make = partial(build_optimizer, drop=GradFreeze("top-down"))
+    plain, model = (build_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0) for _ in range(2))
+    opts = [make(m) for m in (plain, model)]
+    wrapped = torch.compile(model, backend="aot_eager") if what == "model" else model
+    if what == "block":
+        model.bert.encoder.layer[0].compile(backend="aot_eager")
+    elif what == "child":
+        model.bert.encoder.layer[0] = torch.compile(model.bert.encoder.layer[0], backend="aot_eager")
+    train(plain, opts[0], skip=False, steps=4, per_epoch=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        off = train(wrapped, opts[1], skip=True, steps=4, per_epoch=1)
+    said = [str(w.message) for w in caught if "skips nothing in a compiled model" in str(w.message)]
+    assert len(said) == stale and any(off[1:]) == (not stale)
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
 def test_hook_on_the_compiled_model():

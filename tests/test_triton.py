@@ -9,11 +9,11 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import parity
 import pytest
 import torch
+from interpreter import repaired_interpreter
 from passes import several_passes
 
 from graddrop_fused import GradDropAdamW, GradDropEpoch, triton_backend
@@ -54,28 +54,7 @@ CHUNK, PASS = 1024, 512
 
 @pytest.fixture
 def small_passes(monkeypatch):
-    """Passes of 512 elements, chunks of 1024: small tensors see every kind of pass and several programs.
-
-    The interpreter is repaired on the way: it truncates to bfloat16 where every GPU rounds to nearest even, it prepares
-    Triton's modules anew for each call of a jitted function, which takes nine tenths of its time, and in Triton 3.6 it
-    gives arrays of one element to int(), which numpy 2.4 refuses.
-    """
-    import numpy as np
-    import triton.language as tl
-    import triton.runtime.interpreter as interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(values, source, target, rounding):
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(np.array(values)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-        return convert(values, source, target, rounding)
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
-    prepared = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    prepared.set_attr(tl.core.tensor, "__index__", lambda self: int(self.handle.data.squeeze()))  # as 3.7 has it
-    monkeypatch.setattr(interpreter, "_patch_lang", lambda fn: interpreter._LangPatchScope())
-
+    """Passes of 512 elements, chunks of 1024: small tensors see every kind of pass and several programs."""
     monkeypatch.setattr(triton_backend, "CHUNK", CHUNK)
     sizes, pack_sizes = triton_backend.sizes, triton_backend.pack_sizes
     small = {"TILES": PASS // 128, "NARROW": PASS // 128, "STRIDED": PASS, "CHUNK": CHUNK}
@@ -83,9 +62,8 @@ def small_passes(monkeypatch):
     monkeypatch.setattr(
         triton_backend, "pack_sizes", lambda *args: {k: small.get(k, v) for k, v in pack_sizes(*args).items()}
     )
-    with np.errstate(all="ignore"):  # of NaN and infinities in gradients
+    with repaired_interpreter():
         yield
-    prepared.restore()
 
 
 def distinct(cases: list[parity.Case], unread: set[str], **ignored) -> list[parity.Case]:

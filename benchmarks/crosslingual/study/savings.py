@@ -37,7 +37,8 @@ def report(planned: Plan, done: dict[tuple, dict]) -> str:
     found = Predictions(results, study_task(planned.task, planned), planned)
     if len(found.runs) < len(ARMS) or not found.seeds:
         raise ValueError("no seed has results of all methods yet")
-    family = [found.compare(arm.name, BASELINE) for arm in ARMS[1:]]
+    pairs = [(arm.name, BASELINE) for arm in ARMS[1:]] + [(ARMS[1].name, ARMS[2].name)]
+    family = [found.compare(*pair) for pair in pairs]
     hours = sum(result["seconds"] for result in done.values()) / 3600
     machines = sorted({f"{result['machine']}, {result['arithmetic']}" for result in done.values()})
     state = (
