@@ -570,6 +570,13 @@ compiled = partial(torch.compile, backend="eager")  # compiling is what matters 
 one_layer = partial(build_model, num_hidden_layers=1)
 
 
+@pytest.fixture
+def eager_graphs(monkeypatch):
+    """Graphs of the backend "eager" leave gradients to autograd and cannot go stale, with any torch."""
+    monkeypatch.setattr(skip_module, "GRAPHS_GO_STALE", False)
+
+
+@pytest.mark.usefixtures("eager_graphs")
 def test_compiled_model():
     torch._dynamo.reset()
     make = partial(build_optimizer, drop=GradFreeze("bottom-up"))
@@ -580,6 +587,7 @@ def test_compiled_model():
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # dynamo looks at inputs
 @pytest.mark.parametrize("what", ["model", "blocks"])
+@pytest.mark.usefixtures("eager_graphs")
 def test_modules_compiled_in_place_meanwhile(what):
     """module.compile() takes the place of what watches the module's calls."""
     torch._dynamo.reset()
@@ -603,6 +611,7 @@ def test_modules_compiled_in_place_meanwhile(what):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
 @pytest.mark.parametrize("drop", [GradFreeze("top-down"), LayerGradDrop(p=0.5)], ids=["GradFreeze", "LayerGradDrop"])
+@pytest.mark.usefixtures("eager_graphs")
 def test_compiled_blocks_are_compiled_a_few_times(drop):
     """A whole model is compiled for each set of dropped layers, and beyond dynamo's limit no more."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 9, "num_attention_heads": 2, "intermediate_size": 24}
@@ -654,6 +663,7 @@ def test_a_layer_that_was_off_when_it_was_compiled_trains_later(what, stale, mon
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("eager_graphs")
 def test_hook_on_the_compiled_model():
     torch._dynamo.reset()
     plain, model = one_layer(), compiled(one_layer())
