@@ -75,6 +75,14 @@ class StandIn:
         self.inner = self.compiled or self.module._call_impl
         self.module._compiled_call_impl = self  # type: ignore[assignment]
 
+    @property
+    def is_compiled(self) -> bool:
+        """Does a compiler stand behind us, and not only others like us?"""
+        inner = self.compiled
+        while isinstance(inner, StandIn):
+            inner = inner.compiled
+        return inner is not None
+
     def stands(self) -> bool:
         outer = self.module._compiled_call_impl
         while isinstance(outer, StandIn) and outer is not self:
@@ -103,7 +111,7 @@ class _Call(StandIn):
             if outermost:
                 calls.running = True
                 calls.noting = calls.before(self.module)
-            if calls.noting and (self.compiled or get_eval_frame_callback()):
+            if calls.noting and (self.is_compiled or get_eval_frame_callback()):
                 calls.before_compiled(self.module)
             elif calls.noting:
                 calls.ran.add(self.module)
