@@ -17,7 +17,7 @@ from .module_calls import ModuleCalls
 
 # Before torch 2.12 a graph that was compiled while a parameter was off goes on to serve when it is on again, and gives
 # it no gradient (pytorch/pytorch#139476; seen in 2.11, and not in 2.12).
-GRAPHS_GO_STALE = torch.__version__ < (2, 12)
+GRAPHS_GO_STALE = torch.__version__ < "2.12"
 
 
 def skip_dropped_layers(model: nn.Module, optimizer: Optimizer) -> "SkippedLayers":

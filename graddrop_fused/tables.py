@@ -122,8 +122,8 @@ class _Table:
 
     def __init__(self, typecode: str, rows: int, columns: int):
         self.typecode, self.rows, self.columns = typecode, rows, columns
-        self.unknown: Sequence[Any] = [None] * columns
-        self.everywhere = self.unknown  # what all rows of a column hold, as far as it is known
+        self.unknown = [None] * columns
+        self.everywhere: Sequence[Any] = self.unknown  # what all rows of a column hold, as far as it is known
         self.memory = array(typecode, bytes(8 * rows * columns))
         dtype = torch.int64 if typecode == "q" else torch.float64
         empty = torch.zeros(0, dtype=dtype, device=HOST)
