@@ -88,9 +88,9 @@ def _missing(plan: Plan, done: dict[tuple, dict], parts: list[str]) -> str:
     lines = []
     for part in parts:
         there = [result for key, result in done.items() if key[0] == part]
-        hours = sum(result["seconds"] for result in there) / 3600
+        hours = sum(result["cpu_seconds"] for result in there) / 3600
         lines.append(f"{part}: {len(there)} of {plan.count(done, [part])} runs there, {hours:.2f} core-hours")
-    known = [result["seconds"] for result in done.values()]
+    known = [result["cpu_seconds"] for result in done.values()]
     if known:
         rest = max(0, plan.count(done, parts) - sum(key[0] in parts for key in done))
         mean = sum(known) / len(known)

@@ -74,7 +74,7 @@ def _table(rows: tables.Rows, folder: Path, name: str) -> str:
 
 def _state(plan: Plan, done: dict[tuple, dict], first: dict[float, Predictions]) -> str:
     runs = [result for key, result in done.items() if key[0] != "tune"]
-    hours = sum(result["seconds"] for result in done.values()) / 3600
+    hours = sum(result["cpu_seconds"] for result in done.values()) / 3600
     machines = sorted({f"{result['machine']}, {result['arithmetic']}" for result in runs})
     seeds = " and ".join(f"{len(found.seeds)} seeds ({_named(noise).lower()})" for noise, found in first.items())
     wanted = plan.count(done, ["first"])

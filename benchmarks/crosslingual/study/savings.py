@@ -39,7 +39,7 @@ def report(planned: Plan, done: dict[tuple, dict]) -> str:
         raise ValueError("no seed has results of all methods yet")
     pairs = [(arm.name, BASELINE) for arm in ARMS[1:]] + [(ARMS[1].name, ARMS[2].name)]
     family = [found.compare(*pair) for pair in pairs]
-    hours = sum(result["seconds"] for result in done.values()) / 3600
+    hours = sum(result["cpu_seconds"] for result in done.values()) / 3600
     machines = sorted({f"{result['machine']}, {result['arithmetic']}" for result in done.values()})
     state = (
         f"{len(found.seeds)} of {len(planned.seeds)} seeds, {len(done)} runs, {hours:.1f} core-hours; "
