@@ -326,7 +326,7 @@ def test_second_derivatives():
     torch.testing.assert_close(*found, rtol=0, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, for jvp
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, for jvp
 def test_functional_transforms_see_a_plain_linear():
     model = build()
     opt = make(model, POLICIES["drawn"])
