@@ -170,7 +170,7 @@ def test_intervals_cover(sentence_part, seeds):
         observed, drawn = bootstrap.draw(400, seeds, sizes, seed=int(rng.integers(1e9))).gains(differences)
         found = bootstrap.estimate(observed.mean(), drawn.mean(1), seeds)
         covered.append(found.low <= 1.0 <= found.high)
-    assert 0.94 <= np.mean(covered) <= 1.0
+    assert 0.94 <= np.mean(covered) <= (0.995 if seeds == 10 else 1.0)  # four seeds: wide on purpose
 
 
 def test_estimate_and_its_p():
