@@ -98,17 +98,17 @@ class Split:
 
     def __init__(self, params, make, drop):
         self.drop = drop
-        self.numbers = {n: block_numbers(p.shape, getattr(drop, "block", 10**9)) for n, p in params.items()}
-        self.pieces = {}
+        self.pieces, self.elements = {}, {}
         for name, p in params.items():
-            flat = p.detach().reshape(-1)
-            for number in self.numbers[name].unique().tolist():
-                self.pieces[name, number] = nn.Parameter(flat[self.numbers[name] == number].clone())
+            flat, numbers = p.detach().reshape(-1), block_numbers(p.shape, getattr(drop, "block", 10**9))
+            for number in numbers.unique().tolist():
+                self.elements[name, number] = (numbers == number).nonzero().flatten()
+                self.pieces[name, number] = nn.Parameter(flat[self.elements[name, number]])
         self.optimizer = make(list(self.pieces.values()))
 
     def step(self, params, masks, rescale=1.0):
         for (name, number), piece in self.pieces.items():
-            of_block = self.numbers[name] == number
+            of_block = self.elements[name, number]
             kept = masks[name].reshape(-1)[of_block]
             assert kept.all() or not kept.any()
             grad = params[name].grad
@@ -121,18 +121,18 @@ class Split:
 
     def value(self, name, like):
         out = torch.zeros(like.numel(), dtype=like.dtype)
-        for (owner, number), piece in self.pieces.items():
-            if owner == name:
-                out[self.numbers[name] == number] = piece.detach()
+        for key, piece in self.pieces.items():
+            if key[0] == name:
+                out[self.elements[key]] = piece.detach()
         return out.reshape(like.shape)
 
     def state(self, name, key, like):
         """(elements that have state, their values)."""
         has, out = torch.zeros(like.numel(), dtype=torch.bool), torch.zeros(like.numel(), dtype=like.dtype)
-        for (owner, number), piece in self.pieces.items():
-            if owner == name and piece in self.optimizer.state and self.optimizer.state[piece].get(key) is not None:
-                has[self.numbers[name] == number] = True
-                out[self.numbers[name] == number] = self.optimizer.state[piece][key].detach().reshape(-1).to(like.dtype)
+        for place, piece in self.pieces.items():
+            if place[0] == name and piece in self.optimizer.state and self.optimizer.state[piece].get(key) is not None:
+                has[self.elements[place]] = True
+                out[self.elements[place]] = self.optimizer.state[piece][key].detach().reshape(-1).to(like.dtype)
         return has, out
 
 

@@ -12,7 +12,12 @@ from torch.distributed.tensor import DTensor
 
 from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, LayerGradDrop
 
-WORLDS = (1, 2, 3, 4, 8)
+ORDINARY = {("fsdp", 3), ("hsdp", 4), ("fsdp_over_tensor_parallel", 4)}  # the rest is for the nightly run
+GRID = [
+    pytest.param(sharding, world, marks=[] if (sharding, world) in ORDINARY else pytest.mark.nightly)
+    for sharding in sharded_transformer.SHARDINGS
+    for world in (1, 2, 3, 4, 8)
+]
 DROPS = {
     "drawn": GradDrop(0.5),
     "packed": GradDropEpoch(0.6, toggle=True),
@@ -93,8 +98,7 @@ def single_process(rank, world, file):
     torch.save(truth, file)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("sharding", sharded_transformer.SHARDINGS)
+@pytest.mark.parametrize("sharding, world", GRID)
 def test_every_rank_does_its_part_of_the_whole(sharding, world, single):
     indices = ranks.run(one_rank, world, sharding, single)
     for name, p in sharded_transformer.model().named_parameters():

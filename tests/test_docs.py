@@ -1,13 +1,17 @@
 """Docs tell the truth about names: links and paths lead somewhere, commands exist, Python in them compiles or runs."""
 
 import ast
+import contextlib
 import functools
 import importlib
+import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -120,11 +124,15 @@ def test_every_command_is_run_or_known_to_be_long(page, command):
 
 @functools.cache
 def help_of(module: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """In this process, since each new one would import torch and transformers again."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore", RuntimeWarning)  # runpy: that the module is imported already
+        patch.setattr(sys, "argv", [module, "--help"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module(module, run_name="__main__")
+    assert not end.value.code
+    return printed.getvalue()
 
 
 @pytest.mark.parametrize("page, command", sorted({*commands(), *in_prose()}), ids=lambda value: value[:60])

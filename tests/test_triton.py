@@ -27,7 +27,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_under_the_interpreter starts")
 
 
-PARTS, SAMPLE = 6, 1  # the interpreter is slow: an ordinary run takes each sixth of its tests
+PARTS, SAMPLE = 8, 1  # the interpreter is slow: an ordinary run takes each eighth of its tests
 
 
 @pytest.mark.slow
