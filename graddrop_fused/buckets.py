@@ -46,9 +46,9 @@ class Facts:
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         return (
             addresses(tensors) == self.addresses
-            and [t.numel() for t in tensors] == self.lengths
+            and list(map(Tensor.numel, tensors)) == self.lengths
             and [t.dtype for t in tensors] == self.dtypes
-            and [t.is_contiguous() for t in tensors] == self.contiguous
+            and list(map(Tensor.is_contiguous, tensors)) == self.contiguous
             and (self.all_contiguous or self._strides_hold(tensors))
         )
 
@@ -59,7 +59,7 @@ class Facts:
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
     """Of the first elements; 0 for a tensor that has no memory of its own."""
     try:
-        return [t.data_ptr() for t in tensors]
+        return list(map(Tensor.data_ptr, tensors))
     except RuntimeError:  # some subclasses raise
         return [t.data_ptr() if type(t) in validate.ORDINARY else 0 for t in tensors]
 
@@ -81,15 +81,12 @@ class Bucket:
 
     def __post_init__(self) -> None:
         self.params = [m.param for m in self.members]
+        self.device = self.params[0].device
         self.shapes = [p.shape for p in self.params]
         self.sharded = any(map(is_dtensor, self.params))
         self.by_group: dict[int, list[int]] = {}
         for i, member in enumerate(self.members):
             self.by_group.setdefault(member.group, []).append(i)
-
-    @property
-    def device(self) -> torch.device:
-        return self.members[0].param.device
 
     def take(self, grads: Sequence[Tensor | None], switched_off: set[int]) -> bool:
         """Adopt the gradients of the coming step. False if one of them belongs into another bucket.
@@ -248,10 +245,14 @@ class UpdateBucket(Bucket):
         self.block_steps = self._block_steps(entries)
         self.states = [[entry[name] for entry in entries] for name in self.names]
         self.batch.states = [[local(t) for t in tensors] for tensors in self.states]
+        self._rely_on_state()
+
+    def _rely_on_state(self) -> None:
+        """Remember what ``states`` and the parameters are, for :meth:`fits`."""
+        states = [t for tensors in self.states for t in tensors]
+        self.held, self.whole = self.views + states, self.params + states
         self.facts = Facts(self._locals())
-        self.written = self.params + [t for tensors in self.states for t in tensors]
-        if self.sharded:
-            self.written = self.written + self._locals()
+        self.written = self.whole + self._locals() if self.sharded else self.whole
 
     def counts_of_first(self, tensors: int) -> int:
         """How many of the step counts are the first tensors'."""
@@ -259,7 +260,8 @@ class UpdateBucket(Bucket):
 
     def let_go(self) -> None:
         """Keep no state alive."""
-        self.entries, self.views, self.states, self.written, self.batch.states = [], [], [], [], []
+        self.entries, self.views, self.states, self.batch.states = [], [], [], []
+        self.held, self.whole, self.written = [], [], []
         self.block_steps, self.batch.block_factors = None, []
         self.counting.clear()
         self.batch.cache.clear()
@@ -282,18 +284,17 @@ class UpdateBucket(Bucket):
         )
 
     def _locals(self) -> list[Tensor]:
-        tensors = self.params + [t for tensors in self.states for t in tensors]
-        return [local(t) for t in tensors] if self.sharded else tensors
+        return [local(t) for t in self.whole] if self.sharded else self.whole
 
     def fits(self) -> bool:
         """Do the parameters and their state still stand as they did?"""
         entries = self.entries
-        same = all(map(operator.is_, [entry.get("step") for entry in entries], self.views))
-        for name, tensors in zip(self.names, self.states, strict=True):
-            same = same and all(map(operator.is_, [entry.get(name) for entry in entries], tensors))
-        if self.block_steps is not None:
-            same = same and self.block_steps.stand(self.counting)
-        return same and self.facts.hold(self._locals())
+        found = [entry.get(name) for name in ("step", *self.names) for entry in entries]
+        return (
+            all(map(operator.is_, found, self.held))
+            and (self.block_steps is None or self.block_steps.stand(self.counting))
+            and self.facts.hold(self._locals())
+        )
 
     def round_stochastically(self) -> None:
         """From now on, bfloat16 is rounded by the parameters' own random numbers of a step."""

@@ -267,10 +267,7 @@ class CompactBucket(UpdateBucket):
         self.states = [[entry[name] for entry in entries] for name in self.names]
         self.batch.states = self.states
         self._make_tables()
-        self.facts = Facts(self._locals())
-        self.written = self.params + [t for tensors in self.states for t in tensors]
-        if self.sharded:
-            self.written = self.written + [local(p) for p in self.params]
+        self._rely_on_state()
 
     def _make_tables(self) -> None:
         batch, active = self.batch, self.tables_of_runs

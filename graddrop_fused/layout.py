@@ -117,7 +117,7 @@ class LayoutTable:
             if batch.params is batch.grads:
                 self.table[:, Layout.PARAM] = column
         # two contiguous tensors of one shape have the same strides, and asking for strides costs more
-        if not (self._contiguous and _all_contiguous(batch.grads)):
+        if not (self._contiguous and all([g is None or g.is_contiguous() for g in batch.grads])):
             changed |= self._refresh_strides(batch)
         return changed
 
@@ -129,9 +129,5 @@ class LayoutTable:
                 self.table[i] = torch.tensor(layout_row(batch, i), dtype=torch.int64, device="cpu")
                 changed = True
         # an absent gradient's row still holds the strides of one that may have been another way round
-        self._contiguous = None not in batch.grads and _all_contiguous(batch.grads)
+        self._contiguous = all([g is not None and g.is_contiguous() for g in batch.grads])
         return changed
-
-
-def _all_contiguous(grads: Sequence[Tensor | None]) -> bool:
-    return all([g is None or g.is_contiguous() for g in grads])  # a list is faster than a generator

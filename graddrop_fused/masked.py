@@ -5,7 +5,6 @@ one backend call per bucket of tensors, count.
 """
 
 import _signal
-import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -132,11 +131,15 @@ class MaskedOptimizer(Optimizer):
                 serve, or on a parameter or its state that was changed into what cannot. Parameters and state are then
                 as they were.
         """
-        # not as decorators: those of step() and torch.no_grad() take a fifth of a small step
+        # not as decorators, nor by torch.no_grad(), whose seven calls take a twentieth of a small step
         if torch.compiler.is_compiling():
             return self._step_between_graphs(closure)
-        with torch.no_grad():
+        enabled = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        try:
             return self._step(closure)
+        finally:
+            torch.set_grad_enabled(enabled)
 
     @torch.compiler.disable  # one graph break; a step's tables and launches are nothing to trace
     def _step_between_graphs(self, closure: Callable[[], Any] | None) -> Any:
@@ -185,11 +188,12 @@ class MaskedOptimizer(Optimizer):
         """
         for bucket in plan.buckets:
             bucket.batch.done = 0
-        launches = []
+        launches, seed = [], self._clock.seed
         for bucket in plan.buckets:
-            scale, inf = _to(grad_scale, bucket.device), _to(found_inf, bucket.device)
+            scale = None if grad_scale is None else grad_scale.to(bucket.device)
+            inf = None if found_inf is None else found_inf.to(bucket.device)
             launches.append(
-                bucket.backend.prepare(bucket.batch, bucket.rule, seed=self.seed, grad_scale=scale, found_inf=inf)
+                bucket.backend.prepare(bucket.batch, bucket.rule, seed=seed, grad_scale=scale, found_inf=inf)
             )
         try:
             for bucket, launch in zip(plan.buckets, launches, strict=True):
@@ -224,15 +228,12 @@ class MaskedOptimizer(Optimizer):
         return lambda: self._count(coming)
 
     def _fill_on_host(self, plan: Plan, coming: StepNumbers) -> None:
-        groups, effects = self.param_groups, plan.numbers.effects
+        groups, effects, seed = self.param_groups, plan.numbers.effects, self._clock.seed
         for bucket in plan.buckets:
             if coming.packed:
-                bucket.pack(coming.packed, self.seed)
-            bucket.prepare_on_host(
-                {g: group_step(groups[g], bucket.rule, *coming.rows[g], effects[g]) for g in bucket.by_group},
-                coming.draw,
-                self.seed,
-            )
+                bucket.pack(coming.packed, seed)
+            steps = {g: group_step(groups[g], bucket.rule, *coming.rows[g], effects[g]) for g in bucket.by_group}
+            bucket.prepare_on_host(steps, coming.draw, seed)
 
     def _count(self, coming: StepNumbers) -> None:
         self._clock.draw = self.param_groups[0]["draw"] = coming.draw
@@ -290,9 +291,12 @@ class MaskedOptimizer(Optimizer):
         return plan
 
     def _plan_key(self) -> tuple:
+        rule_of = self.rule_class.of
         key = tuple(
-            (g["drop"], g["effect"], g.get("rounding"), g.get("layer"), g["capturable"], self.rule_class.of(g))
-            for g in self.param_groups
+            [
+                (g["drop"], g["effect"], g.get("rounding"), g.get("layer"), g["capturable"], rule_of(g))
+                for g in self.param_groups
+            ]
         )
         if not self.active_state:
             return key
@@ -441,7 +445,7 @@ class MaskedOptimizer(Optimizer):
             return
         # under capturable both have the draw that was last read from the device
         shown, clock = self.param_groups[0], self._clock.state()
-        if all([shown.get(name) == value for name, value in clock.items()]):
+        if clock.items() <= shown.items():
             return
         for name, value in clock.items():
             if shown.get(name, value) != value:
@@ -540,10 +544,12 @@ class UninterruptedByKeyboard:
 
     def __enter__(self) -> None:
         self._pending: list[tuple] = []
-        on_main_thread = threading.get_ident() == threading.main_thread().ident
-        self._handler = _signal.getsignal(_signal.SIGINT) if on_main_thread else None
+        self._handler = _signal.getsignal(_signal.SIGINT)
         if callable(self._handler):
-            _signal.signal(_signal.SIGINT, lambda *arguments: self._pending.append(arguments))
+            try:
+                _signal.signal(_signal.SIGINT, lambda *arguments: self._pending.append(arguments))
+            except ValueError:  # not the main thread, which alone is interrupted
+                self._handler = None
 
     def __exit__(self, *_: object) -> None:
         if callable(self._handler):

@@ -44,6 +44,7 @@ class HostNumbers:
         self.layers = layers
         self.policies = [policy_of(group) for group in groups]
         self.effects = [effect_of(group) for group in groups]
+        self._packing = [g for g, policy in enumerate(self.policies) if policy is not None and policy.packed]
         self.followers = [policy for policy in self.policies if policy is not None and policy.needs_epoch]
         self._moves = [_UNMOVED if p is None else (p.index(layers.count), p.draw(layers.count)) for p in self.policies]
         self._rows: list[dict[int, Row]] = [{} for _ in groups]  # by index
@@ -73,13 +74,12 @@ class HostNumbers:
     def of_step(self, clock: Clock, draw: int) -> "StepNumbers":
         """The numbers of step ``draw``. Raises RuntimeError if an epoch is not known."""
         rows = self.at(clock, draw)
-        packed = {
-            g: (word, row.lo, row.span)
-            for g, (policy, (row, word)) in enumerate(zip(self.policies, rows, strict=True))
-            if policy is not None and policy.packed and row.mask == Mask.ELEMENT
-        }
-        for g in packed:
-            rows[g] = rows[g][0]._replace(mask=Mask.PACKED), rows[g][1]
+        packed = {}
+        for g in self._packing:
+            row, word = rows[g]
+            if row.mask == Mask.ELEMENT:
+                packed[g] = word, row.lo, row.span
+                rows[g] = row._replace(mask=Mask.PACKED), word
         return StepNumbers(draw, rows, packed)
 
 

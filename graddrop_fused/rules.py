@@ -10,6 +10,7 @@ gradient itself, and its step is not written); an element that is frozen it is n
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +41,7 @@ class Rule:
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "Rule":
         """The rule of a param group."""
-        return cls()
+        return _same(cls)
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:
@@ -67,6 +68,12 @@ class Rule:
         raise NotImplementedError
 
 
+@cache
+def _same(rule_class: type[Rule], *fields: bool) -> Rule:
+    """One object for equal rules, since every step asks whether groups still have theirs."""
+    return rule_class(*fields)
+
+
 @dataclass(frozen=True)
 class AdamW(Rule):
     """Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"; torch.optim.AdamW.
@@ -88,7 +95,8 @@ class AdamW(Rule):
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "Rule":
-        return cls(amsgrad=group["amsgrad"])
+        amsgrad = group["amsgrad"]
+        return _same(cls, amsgrad) if type(amsgrad) is bool else cls(amsgrad)
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:

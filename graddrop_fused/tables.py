@@ -21,6 +21,7 @@ from .rules import Rule
 HOST = torch.device("cpu")
 _LEFT_ALONE = Row(Mask.DROP), Effect.FREEZE
 _EVERY_BLOCK = Row(Mask.BLOCK)
+_REALS = Real.columns()
 
 
 DeviceColumns = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # of DeviceNumbers.advance
@@ -134,7 +135,10 @@ class _Table:
         known, self.everywhere = self.everywhere, self.unknown  # until this has come to its end
         for column, (value, last) in enumerate(zip(values, known, strict=True)):
             if value != last and value is not None:
-                self.memory[column :: self.columns] = array(self.typecode, (value,)) * self.rows
+                if self.rows == 1:
+                    self.memory[column] = value
+                else:
+                    self.memory[column :: self.columns] = array(self.typecode, (value,)) * self.rows
         self.everywhere = values
 
     def fill_rows(self, rows: Sequence[Sequence[Any]], index: Tensor) -> None:
@@ -158,7 +162,7 @@ def _reals(rule: Rule, kind: Kind, step: GroupStep, t: float) -> list[Any]:
     rescale = step.row.rescale * kind.own_rescale
     grad_scale, scale = (1.0, rescale) if step.effect == Effect.UPDATE else (rescale, 1.0)
     reals = [step.sign * grad_scale, step.row.noise_std, *rule.factors(step.lr, step.numbers, scale, max(t, 1.0))]
-    return reals + [0.0] * (Real.columns() - len(reals))
+    return reals + [0.0] * (_REALS - len(reals))
 
 
 @dataclass
