@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+import hypothesis
 import parity
 import pytest
 import torch
@@ -115,6 +116,15 @@ def test_mask(small_passes, case):
     ids=str,
 )
 def test_pack(small_passes, case):
+    parity.check_pack(triton_backend, case)
+
+
+@interpreted
+@pytest.mark.nightly
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])  # one size for all cases
+@hypothesis.given(case=parity.cases())
+def test_fuzz_masks(small_passes, case):
+    parity.check_mask(triton_backend, case)
     parity.check_pack(triton_backend, case)
 
 
