@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from crosslingual_files import write_model
-from scipy.stats import linregress, ttest_1samp
+from scipy.stats import linregress, t, ttest_1samp
 
 from benchmarks.crosslingual import intents, reports, tables
 from benchmarks.crosslingual.study import __main__ as command
@@ -24,7 +24,7 @@ FULL = plan.Plan("m")
 
 def _result(run, dev=50.0, best=50.0):
     return {"part": run.part, "task": run.task, "method": run.arm.name, "noise": run.noise, "seed": run.seed,
-            "lr": run.lr, "dev": [dev - 1, dev], "best": best, "plan": FULL.settings()}  # fmt: skip
+            "lr": run.lr, "dev": [dev - 1, dev], "best": best, "plan": FULL.settings(), "arithmetic": "float32"}  # fmt: skip
 
 
 def _finish(the_plan, done, dev=lambda run: 50.0, best=lambda run: 50.0, parts=plan.PARTS):
@@ -42,7 +42,7 @@ def test_the_plan_is_the_design_s():
     done = {}
     order = _finish(FULL, done, dev=lambda run: 60.0 - abs(np.log2(run.lr / 1e-4)))  # 1e-4 is best: no widening
     count = Counter(run.part for run in order)
-    assert count == {"tune": 5 * 3 * 2, "first": (10 + 5) * 10, "effects": 8 * 4, "multiemo": 6 * 5}
+    assert count == {"tune": 5 * 3 * 2, "first": (10 + 5) * 10, "effects": 9 * 4, "multiemo": 6 * 5}
     assert sum(count.values()) == FULL.count(done)
     assert {run.seed for run in order if run.part == "tune"} == {1000, 1001}
     assert {run.seed for run in order if run.part == "first"} == set(range(10))
@@ -229,7 +229,10 @@ def test_outcomes_by_hand():
     assert comparison.stability.mean == pytest.approx(-50.0)
     assert comparison.slope.mean == pytest.approx((0 - 100) / np.log10(66.6 / 5.7))
     assert [c.base for c in found.comparisons()] == ["fine-tuning"]
-    assert replace(comparison, spread=1.7, seeds=10).visible == pytest.approx(1.69, abs=0.01)  # the design's 1.7
+    assert comparison.last.mean == pytest.approx(75.0)  # in each language as at the best epoch, and 50, 100, 0 more
+    half = t.ppf(0.975, 9) * 1.7 / 10**0.5
+    wide = replace(comparison, score=bootstrap.Estimate(0.4, 0.4 - half, 0.4 + half, 0.5), seeds=10)
+    assert wide.visible(1) == pytest.approx(1.69, abs=0.01) and wide.visible(15) == pytest.approx(2.6, abs=0.05)
     # a method without seed 1 takes seed 1 from all
     assert outcomes.Predictions(results, task, FULL).seeds == [0]
     results[0]["texts"] = "another"
@@ -252,7 +255,7 @@ def _tiny(tmp_path_factory):
     names = (plan.BASELINE, plan.CONTROL, plan.CONTROLLED, "gradfreeze-top-down")
     return replace(
         plan.Plan(str(model)), seeds=(0, 1), rates=(1e-3,), widenings=0, epochs=2, train=24, dev=1, test=2, draws=100,
-        first=tuple(arm for arm in plan.FIRST if arm.name in names), effects=plan.EFFECTS[:1], best=0, autocast=False,
+        first=tuple(arm for arm in plan.FIRST if arm.name in names), effects=plan.EFFECTS[1:2], best=0, autocast=False,
     )  # fmt: skip
 
 
@@ -320,6 +323,16 @@ def test_runs_of_another_study_are_refused(run_tiny, tiny, tmp_path, capsys):
     pool.results.append(tmp_path / "study.jsonl", other)
     assert run_tiny() == 2
     assert "ran with lr 0.5, and the search says 0.001" in capsys.readouterr().err
+
+
+def test_a_seed_has_one_arithmetic(tiny, tmp_path):
+    path = tmp_path / "study.jsonl"
+    pool.work(tiny, path, 1, ["tune"])
+    other = replace(tiny, autocast=True)
+    assert len(pool.work(other, path, 1, ["tune"])) == 6  # nothing is left to do
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ValueError, match="seed 100. was begun in float32, and .* without --bfloat16"):
+        pool.work(other, path, 1, ["tune"])
 
 
 @pytest.mark.parametrize(("flags", "message"), [

@@ -35,11 +35,15 @@ FIRST = (
     Arm("gradfreeze-bottom-up", "unfreezing-bottom-up"),
 )
 NOISY = (BASELINE, CONTROL, "graddrop", "layer-graddrop", "graddrop-epoch")  # which of them see wrong labels, too
-EFFECTS = tuple(
-    arm._replace(name=f"{arm.name}, {effect}", effect=effect, tuned=arm.tuned or arm.name)
-    for arm in FIRST
-    if arm.name in ("graddrop", "layer-graddrop", "graddrop-epoch", "graddrop-epoch-toggle")
-    for effect in ("update", "freeze")
+_OF_EFFECTS = ("graddrop", "layer-graddrop", "graddrop-epoch", "graddrop-epoch-toggle")
+EFFECTS = (
+    *(arm for arm in FIRST if arm.name in _OF_EFFECTS and arm.name not in NOISY),  # to compare with
+    *(
+        arm._replace(name=f"{arm.name}, {effect}", effect=effect, tuned=arm.tuned or arm.name)
+        for arm in FIRST
+        if arm.name in _OF_EFFECTS
+        for effect in ("update", "freeze")
+    ),
 )
 PARTS = ("tune", "first", "effects", "multiemo")
 
@@ -92,6 +96,10 @@ class Plan:
     autocast: bool = False  # forward and backward in bfloat16
     task: str = "intents"
     noises: tuple[float, ...] = (TRUE, WRONG)
+
+    @property
+    def arithmetic(self) -> str:
+        return "bfloat16 autocast" if self.autocast else "float32"
 
     def settings(self) -> dict:
         """What a result must have been run with to belong to this plan."""

@@ -30,6 +30,7 @@ def work(plan: Plan, path: Path, processes: int, parts: Iterable[str] = PARTS) -
     parts = [*parts]
     done = read(path, plan)
     _check_rates(plan, done, path)
+    _check_arithmetic(plan, done, parts, path)
     with _executor(processes) as executor, _bar(plan, done, parts) as bar:
         flying: dict[Future, tuple] = {}
         try:
@@ -67,6 +68,17 @@ def _check_rates(plan: Plan, done: dict[tuple, dict], path: Path) -> None:
             raise ValueError(
                 f"{path}: {run.arm.name} seed {run.seed} ran with lr {found['lr']:g}, and the search says {run.lr:g}: "
                 "files of several searches were joined; leave the lines of all but one out"
+            )
+
+
+def _check_arithmetic(plan: Plan, done: dict[tuple, dict], parts: list[str], path: Path) -> None:
+    of_seed = {result["seed"]: result["arithmetic"] for result in done.values()}
+    for run in plan.pending(done, parts):
+        begun = of_seed.get(run.seed, plan.arithmetic)
+        if begun != plan.arithmetic:
+            raise ValueError(
+                f"{path}: seed {run.seed} was begun in {begun}, and these runs would be in {plan.arithmetic}: go on "
+                f"{'without' if plan.autocast else 'with'} --bfloat16, or begin with other --seeds"
             )
 
 

@@ -40,7 +40,7 @@ def execute(run: Run, plan: Plan) -> dict:
         "lr": run.lr, "plan": plan.settings(), "chosen_epoch": result["chosen_epoch"],
         "dev": [round(training.average(point["dev"]), 4) for point in result["curve"]],
         "seconds": result["seconds"], "cpu_seconds": result["cpu_seconds"], "machine": result["machine"],
-        "arithmetic": "bfloat16 autocast" if plan.autocast else "float32",
+        "arithmetic": plan.arithmetic,
     }  # fmt: skip
     if not tunes:
         line |= {"best": result["test_average"], "last": training.average(result["last"]), "texts": digest(task)}
