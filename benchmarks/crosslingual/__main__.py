@@ -11,6 +11,7 @@ The study of docs/study.md has a command of its own: python -m benchmarks.crossl
 
 import argparse
 import shutil
+import signal
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -199,4 +200,5 @@ def _described(runs: list[dict]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end it so is to interrupt it: workers end, too
     sys.exit(main())

@@ -11,6 +11,7 @@ join the files (cat, a line that is there twice does no harm); then the whole co
 
 import argparse
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -120,4 +121,5 @@ def _seeds(text: str, designed: tuple[int, ...]) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end it so is to interrupt it: workers end, too
     sys.exit(main())

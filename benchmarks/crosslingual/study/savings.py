@@ -9,6 +9,7 @@ runs are lines of OUT/savings.jsonl, and the same command goes on where it stopp
 
 import argparse
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -76,4 +77,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end it so is to interrupt it: workers end, too
     sys.exit(main())
