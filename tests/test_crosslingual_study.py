@@ -13,7 +13,7 @@ from scipy.stats import linregress, t, ttest_1samp
 
 from benchmarks.crosslingual import intents, reports, tables
 from benchmarks.crosslingual.study import __main__ as command
-from benchmarks.crosslingual.study import bootstrap, outcomes, plan, pool, report, runs, savings
+from benchmarks.crosslingual.study import bootstrap, outcomes, plan, plots, pool, report, runs, savings
 from benchmarks.crosslingual.task import Task, Text
 
 FULL = plan.Plan("m")
@@ -238,6 +238,26 @@ def test_outcomes_by_hand():
     results[0]["texts"] = "another"
     with pytest.raises(ValueError, match="fine-tuning seed 0 was tested on other sentences"):
         outcomes.Predictions(results, task, FULL)
+
+
+def _comparison(method, noise, mean, base=plan.BASELINE):
+    found = bootstrap.Estimate(mean, mean - 1, mean + 1, 0.5)
+    return outcomes.Comparison(method, base, noise, *[found] * 4, {"en": found, "de": found}, 1.0, 10)
+
+
+def test_a_panel_of_fewer_methods_has_each_in_its_row(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    true = [_comparison(name, 0.0, mean) for name, mean in (("a", 1), ("b", 2), ("c", 1.5), ("far", -30))]
+    plots.forest([true, [_comparison("c", 0.3, 0.5)]], "score", "title", tmp_path / "forest.png")
+    left, right = drawn[0].axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["a", "b", "c", "far"]
+    points = [
+        [(*line.get_xdata(), *line.get_ydata()) for line in axes.get_lines() if line.get_marker() == "o"]
+        for axes in (left, right)
+    ]
+    assert points == [[(1, 0), (2, 1), (1.5, 2)], [(0.5, 2)]]
+    assert [text.get_text().split()[1] for text in left.texts] == ["-30.0"] and left.get_xlim()[0] > -10
 
 
 # The whole, in very small
