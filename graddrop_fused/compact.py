@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import block_steps, dispatch, state
-from .buckets import Facts, UpdateBucket
+from .buckets import UpdateBucket
 from .checks import shown
 from .contract import Effect, Integer, Mask, Real, Runs, Shard
 from .groups import Group, Member, block_of, effect_of, policy_of

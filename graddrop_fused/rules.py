@@ -41,7 +41,7 @@ class Rule:
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "Rule":
         """The rule of a param group."""
-        return _same(cls)
+        return _same(cls)  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:
@@ -96,7 +96,7 @@ class AdamW(Rule):
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "Rule":
         amsgrad = group["amsgrad"]
-        return _same(cls, amsgrad) if type(amsgrad) is bool else cls(amsgrad)
+        return _same(cls, amsgrad) if type(amsgrad) is bool else cls(amsgrad)  # type: ignore[arg-type]
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:

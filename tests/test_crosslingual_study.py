@@ -24,7 +24,8 @@ FULL = plan.Plan("m")
 
 def _result(run, dev=50.0, best=50.0):
     return {"part": run.part, "task": run.task, "method": run.arm.name, "noise": run.noise, "seed": run.seed,
-            "lr": run.lr, "dev": [dev - 1, dev], "best": best, "plan": FULL.settings(), "arithmetic": "float32"}  # fmt: skip
+            "lr": run.lr, "dev": [dev - 1, dev], "best": best, "plan": FULL.settings(),
+            "arithmetic": "float32"}  # fmt: skip
 
 
 def _finish(the_plan, done, dev=lambda run: 50.0, best=lambda run: 50.0, parts=plan.PARTS):

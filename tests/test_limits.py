@@ -59,6 +59,7 @@ def test_work_grows_no_faster_than_the_number_of_parameters(backend, what):
     assert large <= 4.5 * small, (small, large)
 
 
+@pytest.mark.nightly
 def test_a_hundred_thousand_parameters():
     """They get what each of them gets alone, and a step keeps two number tables and no more than a few words each."""
     count, (backend, *_) = 100_000, backends()[::-1]

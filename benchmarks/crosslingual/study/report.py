@@ -96,15 +96,17 @@ def _state(plan: Plan, done: dict[tuple, dict], first: dict[float, Predictions])
 
 
 def scores_table(found: Predictions) -> tables.Rows:
-    rows = [["method", "lr", "best epoch", "best is last", "score", "std over seeds", "last epoch's score", "best - last"]]
+    rows = [
+        ["method", "lr", "best epoch", "best is last", "score", "std over seeds", "last epoch's score", "best - last"]
+    ]
     for method, runs in found.runs.items():
         best, last = found.scores(method), found.scores(method, "last")
         epochs = [run["chosen_epoch"] for run in runs]
         ended = sum(epoch == len(run["dev"]) for epoch, run in zip(epochs, runs, strict=True))
         spread = f"{best.std(ddof=1):.2f}" if len(best) > 1 else ""
         rows.append([
-            method, f"{runs[0]['lr']:.3g}", f"{np.mean(epochs):.1f}", f"{ended} of {len(runs)}", f"{best.mean():.2f}", spread,
-            f"{last.mean():.2f}", f"{(best - last).mean():.2f}",
+            method, f"{runs[0]['lr']:.3g}", f"{np.mean(epochs):.1f}", f"{ended} of {len(runs)}",
+            f"{best.mean():.2f}", spread, f"{last.mean():.2f}", f"{(best - last).mean():.2f}",
         ])  # fmt: skip
     return rows
 
