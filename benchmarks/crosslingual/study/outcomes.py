@@ -49,7 +49,7 @@ class Comparison:
     seeds: int
 
     def visible(self, tests: int) -> float:
-        """The gain that passes Holm's first step of ``tests``, at 5 %, in four of five studies with such an interval."""
+        """The gain that passes Holm's first step of ``tests``, at 5 %, in four of five such studies."""
         if self.seeds < 2:
             return float("nan")
         freedom = self.seeds - 1
