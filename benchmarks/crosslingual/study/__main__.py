@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--quick", action="store_true", help="the machinery in about 20 minutes; its results mean nothing")
+    p.add_argument("--quick", action="store_true", help="the machinery in minutes; its results mean nothing")
     p.add_argument("--out", type=Path, help="folder (default: results/study, or results/study-quick)")
     p.add_argument("--report", type=Path, metavar="FILE", help="Markdown file (default: OUT/report.md)")
     p.add_argument("--choosing", type=Path, metavar="FILE", help="Markdown file that takes the table of gains, too")

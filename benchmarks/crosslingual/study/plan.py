@@ -215,7 +215,7 @@ def best_rate(scores: dict[float, float]) -> float:
 
 
 def quick(full: Plan) -> Plan:
-    """The machinery in about 20 minutes of two cores: every stage but multiemo, with too little of everything."""
+    """The machinery in minutes of two cores: every stage but multiemo, with too little of everything."""
     names = (BASELINE, CONTROL, CONTROLLED, "layer-graddrop", "graddrop-epoch")
     return replace(
         full, seeds=(0, 1, 2), rates=(2e-4, 4e-4), widenings=0, epochs=4, train=100, dev=5, test=40, draws=2_000,
