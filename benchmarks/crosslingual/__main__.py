@@ -200,5 +200,5 @@ def _described(runs: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end it so is to interrupt it: workers end, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end it so is to interrupt it
     sys.exit(main())

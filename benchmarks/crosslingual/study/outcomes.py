@@ -102,9 +102,9 @@ class Predictions:
     def compare(self, method: str, base: str) -> Comparison:
         best = self.right(method, "best") - self.right(base, "best")
         last = self.right(method, "last") - self.right(base, "last")
-        lasts, drawn_lasts = self.draws.gains(last)
         gains, drawn = self.draws.gains(best)
-        drops, drawn_drops = self.draws.gains(best - last)
+        lasts, drawn_lasts = self.draws.gains(last)
+        drops, drawn_drops = gains - lasts, drawn - drawn_lasts
         weights = slope_weights(self.languages)
         seeds = self.scores(method) - self.scores(base)
         return Comparison(

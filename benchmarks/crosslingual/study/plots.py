@@ -10,18 +10,17 @@ from .bootstrap import Estimate
 from .outcomes import GIB, Comparison, Predictions
 from .plan import BASELINE
 
+FAR = 3.0  # times most estimates' reach: what lies beyond is marked at the edge, or has a scale of its own
+
 
 def _named(noise: float) -> str:
     return f"{100 * noise:.0f} % wrong labels" if noise else "true labels"
 
 
-FAR = 3.0  # times the other estimates' reach: what lies beyond is marked at the edge, or has a scale of its own
-
-
 def forest(families: list[list[Comparison]], outcome: str, title: str, path: Path) -> None:
     """An outcome's estimates with intervals: a row per comparison, a panel per family."""
-    named = {_compared(comparison): None for family in families for comparison in family}
-    rows = {name: row for row, name in enumerate(named)}
+    every = dict.fromkeys(_compared(comparison) for family in families for comparison in family)
+    rows = {name: row for row, name in enumerate(every)}
     low, high = _reach([getattr(c, outcome) for family in families for c in family])
     figure, grid = plt.subplots(
         1, len(families), figsize=(5.5 * len(families) + 1, 0.35 * len(rows) + 1.6),
