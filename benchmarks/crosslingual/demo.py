@@ -22,8 +22,7 @@ from .task import Task
 
 STUDY = """\
 This is one seed: it shows that the methods run and learn, not which is better. From seed to seed such differences move
-by some 2 points. docs/study/earlier (3 seeds) found no method above plain fine-tuning beyond chance, and losses where
-few elements train at a time; docs/study.md is the design of a study that could see smaller differences."""
+by some 2 points. docs/study.md (ten seeds) found no method above plain fine-tuning beyond chance."""
 DEFAULT_METHODS = ("fine-tuning", "graddrop", "graddrop-epoch", "layer-graddrop")
 
 
