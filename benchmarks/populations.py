@@ -65,5 +65,6 @@ POPULATIONS = {
     "xlmr-base": lambda: _xlm_roberta(768, 12, 12),
     "llama-7b": _llama_7b,
     "small": lambda: [(1000,)] * 1000,
+    "tiny": lambda: [(1000,)],
     "huge": lambda: [(256 << 20,)],
 }

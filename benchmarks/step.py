@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                          # XLM-R Large's shapes, the first 67 M elements
     python -m benchmarks.step --population small       # 1,000 tensors of 1,000 elements
+    python -m benchmarks.step --population tiny --threads 1 --turns 2001  # one of them: what a step costs in Python
     python -m benchmarks.step --elements all           # the whole model: needs 9 GB
     python -m benchmarks.step --dtype bfloat16 --state-dtype float32
 

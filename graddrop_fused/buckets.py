@@ -293,7 +293,7 @@ class UpdateBucket(Bucket):
         return (
             all(map(operator.is_, found, self.held))
             and (self.block_steps is None or self.block_steps.stand(self.counting))
-            and self.facts.hold(self._locals())
+            and self.facts.hold(self._locals() if self.sharded else self.whole)
         )
 
     def round_stochastically(self) -> None:
@@ -402,14 +402,14 @@ class Plan:
             return False
         taken = False
         try:
-            taken = all(
-                bucket.fits() and bucket.take([grads[i] for i in bucket.positions], switched_off)
-                for bucket in self.buckets
-            )
+            for bucket in self.buckets:
+                if not (bucket.fits() and bucket.take([grads[i] for i in bucket.positions], switched_off)):
+                    return False
+            taken = True
         finally:
             if not taken:
                 self.release_gradients()
-        return taken
+        return True
 
     def let_go(self) -> None:
         """The plan is done with: keep no state alive."""

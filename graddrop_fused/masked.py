@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import checkpoint, compact, dispatch, preview, state, validate
+from . import checkpoint, compact, dispatch, preview, state, step_hooks, validate
 from .buckets import Plan, UpdateBucket, make_buckets
 from .checks import check_bool
 from .clock import Clock
@@ -34,6 +34,7 @@ class MaskedOptimizer(Optimizer):
     """
 
     rule_class: ClassVar[type[Rule]]
+    profile_hook_step = staticmethod(step_hooks.profile_hook_step)  # what torch decorates `step` with
 
     def __init__(
         self,
@@ -131,20 +132,13 @@ class MaskedOptimizer(Optimizer):
                 serve, or on a parameter or its state that was changed into what cannot. Parameters and state are then
                 as they were.
         """
-        # not as decorators, nor by torch.no_grad(), whose seven calls take a twentieth of a small step
-        if torch.compiler.is_compiling():
-            return self._step_between_graphs(closure)
+        # not by torch.no_grad(), whose calls of Python functions take a tenth of a small step
         enabled = torch.is_grad_enabled()
-        torch.set_grad_enabled(False)
+        torch._C._set_grad_enabled(False)
         try:
             return self._step(closure)
         finally:
-            torch.set_grad_enabled(enabled)
-
-    @torch.compiler.disable  # one graph break; a step's tables and launches are nothing to trace
-    def _step_between_graphs(self, closure: Callable[[], Any] | None) -> Any:
-        with torch.no_grad():
-            return self._step(closure)
+            torch._C._set_grad_enabled(enabled)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         if self._inside_backward is not None:
@@ -190,7 +184,8 @@ class MaskedOptimizer(Optimizer):
             bucket.batch.done = 0
         launches, seed = [], self._clock.seed
         for bucket in plan.buckets:
-            scale, inf = _to(grad_scale, bucket.device), _to(found_inf, bucket.device)
+            scale = None if grad_scale is None else grad_scale.to(bucket.device)
+            inf = None if found_inf is None else found_inf.to(bucket.device)
             launches.append(
                 bucket.backend.prepare(bucket.batch, bucket.rule, seed=seed, grad_scale=scale, found_inf=inf)
             )
@@ -224,7 +219,7 @@ class MaskedOptimizer(Optimizer):
         """Make every bucket ready for the coming step; returns what counts it."""
         coming = plan.numbers.of_step(self._clock, self._clock.next_draw())
         self._fill_on_host(plan, coming)
-        return lambda: self._count(coming)
+        return partial(self._count, coming)
 
     def _fill_on_host(self, plan: Plan, coming: StepNumbers) -> None:
         groups, effects, seed = self.param_groups, plan.numbers.effects, self._clock.seed
@@ -265,10 +260,12 @@ class MaskedOptimizer(Optimizer):
         self._check_shown_clock()
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
-        self._plan = self._refit(self._plan, self._plan_key(), params, grads, lambda: self.state, self._switched_off)
-        return self._plan
+        plan, key, off = self._plan, self._plan_key(), self._switched_off
+        if plan is None or not plan.fits(key, params, grads, self.state, off):
+            plan = self._plan = self._replan(plan, key, params, grads, lambda: self.state, off)
+        return plan
 
-    def _refit(
+    def _replan(
         self,
         plan: Plan | None,
         key: tuple,
@@ -277,9 +274,7 @@ class MaskedOptimizer(Optimizer):
         state_of_params: Callable[[], Mapping[Tensor, dict[str, Any]]],
         switched_off: set[int],
     ) -> Plan:
-        """``plan`` or, if it does not fit, a new one over ``params``, in the groups' order; it has taken ``grads``."""
-        if plan is not None and plan.fits(key, params, grads, state_of_params(), switched_off):
-            return plan
+        """A new plan over ``params``, in the groups' order, for one that does not fit; it has taken ``grads``."""
         check_not_capturing()
         if plan is not None and plan.key != key:
             plan.let_go()

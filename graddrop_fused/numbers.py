@@ -31,9 +31,10 @@ def row_at(policy: Policy, layer: int, layers: int, draw: int, epoch: int | None
 def _place(index: Index, drawn: Draw, draw: int, epoch: int | None) -> tuple[int, int]:
     """(row's index, counter word 2). ``epoch`` may be None where nothing follows it."""
     epoch = _NO_EPOCH if epoch is None else epoch
-    tick = epoch if index.by == "epoch" else draw - 1
-    at = tick % index.length if index.wraps else min(tick, index.length - 1)
-    word = (draw - 1) // drawn.holds + 1 if drawn.by == "step" else epoch // drawn.holds if drawn.by == "epoch" else 0
+    (by, length, wraps), (drawn_by, holds) = index, drawn
+    tick = epoch if by == "epoch" else draw - 1
+    at = tick % length if wraps else min(tick, length - 1)
+    word = (draw - 1) // holds + 1 if drawn_by == "step" else epoch // holds if drawn_by == "epoch" else 0
     return at, word
 
 
@@ -48,6 +49,9 @@ class HostNumbers:
         self.followers = [policy for policy in self.policies if policy is not None and policy.needs_epoch]
         self._moves = [_UNMOVED if p is None else (p.index(layers.count), p.draw(layers.count)) for p in self.policies]
         self._rows: list[dict[int, Row]] = [{} for _ in groups]  # by index
+        self._freezes = [
+            is_layerwise(group) and effect == Effect.FREEZE for group, effect in zip(groups, self.effects, strict=True)
+        ]
 
     def at(self, clock: Clock, draw: int) -> list[tuple[Row, int]]:
         """Each group's policy row and counter word 2 for step ``draw``. Raises RuntimeError if an epoch is not known.
@@ -62,12 +66,11 @@ class HostNumbers:
                 found.append((KEEP, 0))
                 continue
             index, word = _place(*self._moves[g], draw, epoch)
-            layer = self.layers.of_group[g]
             row = self._rows[g].get(index)
             if row is None:
-                row = self._rows[g][index] = policy.row(index, layer, self.layers.count)
-            if row.mask == Mask.LAYER and self.effects[g] == Effect.FREEZE:
-                row = decided(row, word, clock.seed, self.layers.stream_ids[layer])
+                row = self._rows[g][index] = policy.row(index, self.layers.of_group[g], self.layers.count)
+            if self._freezes[g] and row.mask == Mask.LAYER:
+                row = decided(row, word, clock.seed, self.layers.stream_ids[self.layers.of_group[g]])
             found.append((row, word))
         return found
 
@@ -79,7 +82,7 @@ class HostNumbers:
             row, word = rows[g]
             if row.mask == Mask.ELEMENT:
                 packed[g] = word, row.lo, row.span
-                rows[g] = row._replace(mask=Mask.PACKED), word
+                rows[g] = Row(Mask.PACKED, *row[1:]), word
         return StepNumbers(draw, rows, packed)
 
 

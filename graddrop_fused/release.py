@@ -169,14 +169,13 @@ class ReleasedGradients:
         optimizer, params = self._optimizer, part.params
         if not with_gradient and not switched_off:
             return
-        part.plan = plan = optimizer._refit(
-            part.plan,
-            self._key,
-            params,
-            [p.grad if id(p) in with_gradient else None for p in params],
-            lambda: {p: optimizer.state[p] for p in params if p in optimizer.state},
-            switched_off,
-        )
+        plan, grads = part.plan, [p.grad if id(p) in with_gradient else None for p in params]
+
+        def state() -> dict[Tensor, dict[str, Any]]:
+            return {p: optimizer.state[p] for p in params if p in optimizer.state}
+
+        if plan is None or not plan.fits(self._key, params, grads, state(), switched_off):
+            plan = part.plan = optimizer._replan(plan, self._key, params, grads, state, switched_off)
         try:
             coming = self._numbers(plan.numbers)
             optimizer._fill_on_host(plan, coming)

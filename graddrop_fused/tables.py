@@ -87,6 +87,7 @@ class HostTables:
         self.kind_of = [number[kind] for kind in kinds]
         self.index = torch.tensor(self.kind_of, dtype=torch.int64, device=HOST)
         self.stream_ids = torch.tensor(list(stream_ids), dtype=torch.int64, device=HOST)
+        self.shared_id = stream_ids[0] if len(set(stream_ids)) == 1 else None
         self.integers = _Table("q", *batch.integers.shape)
         self.reals = _Table("d", *batch.reals.shape)
         batch.integers, batch.reals = self.integers.tensor, self.reals.tensor
@@ -95,9 +96,15 @@ class HostTables:
 
     def fill(self, steps: Mapping[int, GroupStep], t: Sequence[float], left_alone: Sequence[int]) -> None:
         """``t``: step counts of the tensors, this step included. ``left_alone``: tensors that it does not touch."""
-        if not left_alone and len(set(t)) <= 1:
-            count = t[0] if t else 1.0
-            rows, index = [(kind, count, False) for kind in self.kinds], self.index
+        uniform = not left_alone and len(set(t)) == 1
+        if uniform and len(self.kinds) == 1:
+            (kind,) = self.kinds
+            step = steps[kind.group]
+            self.integers.fill_columns(_integers(kind, step, False, self.shared_id))
+            self.reals.fill_columns(_reals(self.rule, kind, step, t[0]))
+            return
+        if uniform:
+            rows, index = [(kind, t[0], False) for kind in self.kinds], self.index
         else:
             alone = set(left_alone)
             distinct: dict[tuple[int, float, bool], int] = {}
@@ -105,15 +112,10 @@ class HostTables:
             numbers = [distinct.setdefault(key, len(distinct)) for key in keys]
             rows = [(self.kinds[kind], count, is_alone) for kind, count, is_alone in distinct]
             index = torch.tensor(numbers, dtype=torch.int64, device=HOST)
-        integers = [_integers(kind, steps[kind.group], is_alone) for kind, _, is_alone in rows]
-        reals = [_reals(self.rule, kind, steps[kind.group], count) for kind, count, _ in rows]
-        if len(rows) == 1:
-            self.integers.fill_columns(integers[0])
-            self.reals.fill_columns(reals[0])
-        elif rows:
+        if rows:
             index = index if self.spread is None else index[self.spread]
-            self.integers.fill_rows(integers, index)
-            self.reals.fill_rows(reals, index)
+            self.integers.fill_rows([_integers(kind, steps[kind.group], alone) for kind, _, alone in rows], index)
+            self.reals.fill_rows([_reals(self.rule, kind, steps[kind.group], count) for kind, count, _ in rows], index)
             self.stream_id_column.copy_(self.stream_ids)
 
 
@@ -123,8 +125,7 @@ class _Table:
 
     def __init__(self, typecode: str, rows: int, columns: int):
         self.typecode, self.rows, self.columns = typecode, rows, columns
-        self.unknown = [None] * columns
-        self.everywhere: Sequence[Any] = self.unknown  # what all rows of a column hold, as far as it is known
+        self.everywhere: Sequence[Any] = ()  # what all rows of each column hold, if that is known
         self.memory = array(typecode, bytes(8 * rows * columns))
         dtype = torch.int64 if typecode == "q" else torch.float64
         empty = torch.zeros(0, dtype=dtype, device=HOST)
@@ -132,30 +133,31 @@ class _Table:
 
     def fill_columns(self, values: Sequence[Any]) -> None:
         """One value for all rows of each column; None leaves a column as it is."""
-        known, self.everywhere = self.everywhere, self.unknown  # until this has come to its end
+        if self.rows == 1:
+            self.memory[:] = array(self.typecode, values)
+            return
+        known, self.everywhere = self.everywhere or [None] * self.columns, ()  # until this has come to its end
         for column, (value, last) in enumerate(zip(values, known, strict=True)):
             if value != last and value is not None:
-                if self.rows == 1:
-                    self.memory[column] = value
-                else:
-                    self.memory[column :: self.columns] = array(self.typecode, (value,)) * self.rows
+                self.memory[column :: self.columns] = array(self.typecode, (value,)) * self.rows
         self.everywhere = values
 
     def fill_rows(self, rows: Sequence[Sequence[Any]], index: Tensor) -> None:
         """Row i becomes ``rows[index[i]]``; None becomes 0."""
-        self.everywhere = self.unknown
+        self.everywhere = ()
         values = array(self.typecode, [value or 0 for row in rows for value in row])
         distinct = torch.frombuffer(values, dtype=self.tensor.dtype).view(-1, self.columns)
         torch.index_select(distinct, 0, index, out=self.tensor)
 
 
-def _integers(kind: Kind, step: GroupStep, left_alone: bool) -> list[int | None]:
+def _integers(kind: Kind, step: GroupStep, left_alone: bool, stream_id: int | None = None) -> list[int | None]:
+    """``stream_id``: None where it is the tensor's own, which the table has already."""
     row, effect = _LEFT_ALONE if left_alone else (step.row, step.effect)
     # with block="row" a vector's elements decide each for itself
     mask = Mask.ELEMENT if row.mask == Mask.BLOCK and kind.block == 1 else row.mask
     if kind.blocks and mask == Mask.KEEP:  # the blocks have different counts all the same
         mask, row = Mask.BLOCK, _EVERY_BLOCK
-    return [mask, effect, step.word, None, row.lo, row.span, kind.block]  # the stream id is the tensor's own
+    return [mask, effect, step.word, stream_id, row.lo, row.span, kind.block]
 
 
 def _reals(rule: Rule, kind: Kind, step: GroupStep, t: float) -> list[Any]:

@@ -163,6 +163,32 @@ def test_closure_hooks_and_zero_grad():
     assert p.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler")
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+def test_profilers_see_what_they_see_of_torch(hooked):
+    def steps(make):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = make([p])
+        if hooked:
+            optimizer.register_step_post_hook(lambda *_: None)
+        with torch.profiler.profile() as profile:
+            p.grad = torch.ones(3)
+            optimizer.step()
+            with pytest.raises(RuntimeError, match="of the closure"):
+                optimizer.step(raises)
+            torch.ones(3) + 1
+        return [event for event in profile.events() if event.cpu_parent is None and event.scope != 0], profile.events()
+
+    def raises():
+        raise RuntimeError("of the closure")
+
+    (ours, all_ours), (theirs, _) = steps(GradDropAdamW), steps(torch.optim.AdamW)
+    assert [e.name for e in theirs] == ["Optimizer.step#AdamW.step"] * 2
+    assert [e.name for e in ours] == ["Optimizer.step#GradDropAdamW.step"] * 2
+    assert [(e.scope, e.is_user_annotation) for e in ours] == [(e.scope, e.is_user_annotation) for e in theirs]
+    assert [e.cpu_parent for e in all_ours if e.name == "aten::add"][-1] is None  # the broken step's record has ended
+
+
 @pytest.mark.parametrize("make", [GradDropAdamW, torch.optim.SGD], ids=["GradDropAdamW", "attach"])
 def test_zero_grad_frees_gradients(make):
     """A reference that outlived the step would keep a second copy of all gradients through the next backward."""
