@@ -189,7 +189,9 @@ class MaskHandle:
             launches = [b.backend.prepare(b.batch, b.rule, seed=self.seed) for b in buckets]
             for bucket, launch in zip(buckets, launches, strict=True):
                 launch()
-                torch.autograd.graph.increment_version([g for g in bucket.batch.grads if g is not None])
+                absent = set(bucket.absent)
+                written = [grad for i, grad in enumerate(bucket.batch.params) if i not in absent]
+                torch.autograd.graph.increment_version(written)
             self._clock.draw = draw
         finally:
             for bucket in buckets:
@@ -228,8 +230,12 @@ class MaskHandle:
         for bucket in self._buckets:
             found = [_in_place(every[i].param, taken) for i in bucket.positions]
             bucket.absent = [k for k, grad in enumerate(found) if grad is None]
-            bucket.batch.grads = found
-            bucket.batch.params = cast(list[Tensor], found)  # the rule "mask" writes gradients; absent are left alone
+            described = [
+                _in_its_place(p, bucket.grad_dtype) if g is None else g
+                for p, g in zip(bucket.params, found, strict=True)
+            ]
+            bucket.batch.params = described
+            bucket.batch.grads = cast(list[Tensor | None], described)  # one list: the rule "mask" writes gradients
         return self._buckets
 
 
@@ -253,6 +259,12 @@ def _check(groups: list[Group]) -> None:
     for group in groups:
         validate.policy(policy_of(group), "gradient")
     validate.all_groups(groups)
+
+
+def _in_its_place(param: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """What stands for a missing gradient of ``param``: backends describe it, and leave it alone."""
+    part = local(param).detach()
+    return part if part.dtype == dtype else torch.empty_like(part, dtype=dtype)
 
 
 def _in_place(param: Tensor, taken: set[int]) -> Tensor | None:

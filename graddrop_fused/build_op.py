@@ -57,7 +57,7 @@ def compile_op(sources: Path, target: Path, torch_root: Path | None = None) -> N
     x86 = platform.machine() in ("x86_64", "AMD64")
     emulate = bool(os.environ.get("GRADDROP_EMULATE_AVX512"))
     sanitizers = os.environ.get("GRADDROP_SANITIZE")
-    sanitize = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g", "-O1"] if sanitizers else []
+    sanitize = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1", "-O1"] if sanitizers else []
     flags_of_all = [*FLAGS, *(CLANG_FLAGS if _is_clang() else GCC_FLAGS)]
     macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     macros += ["-DGRADDROP_X86"] * x86 + ["-DGRADDROP_EMULATE_AVX512"] * emulate

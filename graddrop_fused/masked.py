@@ -132,6 +132,8 @@ class MaskedOptimizer(Optimizer):
                 serve, or on a parameter or its state that was changed into what cannot. Parameters and state are then
                 as they were.
         """
+        if torch.compiler.is_compiling():
+            return self._step_between_graphs(closure)
         # not by torch.no_grad(), whose calls of Python functions take a tenth of a small step
         enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
@@ -139,6 +141,11 @@ class MaskedOptimizer(Optimizer):
             return self._step(closure)
         finally:
             torch._C._set_grad_enabled(enabled)
+
+    @torch.compiler.disable  # one graph break; a step's tables and launches are nothing to trace
+    def _step_between_graphs(self, closure: Callable[[], Any] | None) -> Any:
+        with torch.no_grad():
+            return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         if self._inside_backward is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
+from itertools import chain
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -18,25 +19,26 @@ def profile_hook_step(func: Callable[P, R]) -> Callable[P, R]:
     small step's time. Profilers see the same record. Where there are hooks, torch's own decorator calls them.
     """
     with_hooks = Optimizer.profile_hook_step(func)
-    # one graph break: a step's tables and launches are nothing to trace
-    between_graphs = Optimizer.profile_hook_step(torch.compiler.disable(func))
 
     @wraps(func)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         self: Any = args[0]
-        if torch.compiler.is_compiling():
-            return between_graphs(*args, **kwargs)
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or torch_optimizer._global_optimizer_pre_hooks
             or torch_optimizer._global_optimizer_post_hooks
+            or torch.compiler.is_compiling()
         ):
             return with_hooks(*args, **kwargs)
         record = _record_function_with_args_enter(f"Optimizer.step#{type(self).__name__}.step")
         try:
             result = func(*args, **kwargs)
             self._optimizer_step_code()  # by which profilers of Python find an optimizer
+            if self._optimizer_step_post_hooks or torch_optimizer._global_optimizer_post_hooks:  # since the step began
+                hooks = self._optimizer_step_post_hooks, torch_optimizer._global_optimizer_post_hooks
+                for hook in chain.from_iterable(of.values() for of in hooks):
+                    hook(self, args, kwargs)
         finally:
             _record_function_with_args_exit(record)
         return result

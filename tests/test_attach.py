@@ -3,9 +3,10 @@
 import pytest
 import torch
 from named_parameters import give_gradients, parameters
+from policy_cases import BACKENDS
 from torch import nn
 
-from graddrop_fused import GradDrop, attach
+from graddrop_fused import GradDrop, GradDropEpoch, attach
 
 
 def test_attach_masks_what_the_optimizer_then_sees():
@@ -56,3 +57,32 @@ def test_an_attached_handle_goes_on_and_leaves(make):
         return [p for _, p in params]
 
     assert all(torch.equal(p, q) for p, q in zip(run(GradDrop(p=0.5), 3), run(GradDrop(p=0.5), 99), strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("drop", [GradDrop(0.5), GradDropEpoch(0.5)], ids=repr)
+def test_gradients_that_come_and_go(backend, drop):
+    """Missing in the first step, or later, or for good: the others are masked as ever, and it is left alone."""
+    params = {
+        "a": nn.Parameter(torch.ones(17, 23).t()),
+        "b": nn.Parameter(torch.ones(33)),
+        "c": nn.Parameter(torch.ones(9)),
+    }
+    opt = torch.optim.SGD(params.items(), lr=0.25)
+    handle = attach(opt, drop, seed=3, backend=backend)
+    handle.set_epoch(0)
+    for step in range(5):
+        opt.zero_grad()
+        given = [params[name] for name in ("ab", "b", "", "a", "ab")[step]]
+        for p in given:
+            p.grad = torch.ones_like(p)
+        masks = {p: handle.keep_mask(p) for p in given}
+        before = {p: p.detach().clone() for p in params.values()}
+        versions = {p: p._version for p in params.values()}
+        opt.step()
+        for p in params.values():
+            if p in masks:
+                torch.testing.assert_close(p.detach(), before[p] - 0.5 * masks[p])
+            else:
+                assert p.grad is None and torch.equal(p, before[p]) and p._version == versions[p]
+    assert handle.draw == 5

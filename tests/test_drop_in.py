@@ -9,6 +9,7 @@ import pytest
 import torch
 from policy_cases import BACKENDS
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, attach
 
@@ -161,6 +162,26 @@ def test_closure_hooks_and_zero_grad():
     assert torch.equal(p.grad, torch.zeros(3))
     opt.zero_grad()
     assert p.grad is None
+
+
+@pytest.mark.parametrize("make", [GradDropAdamW, torch.optim.AdamW])
+def test_hooks_that_come_during_a_step(make):
+    p = nn.Parameter(torch.ones(3))
+    opt = make([p])
+    calls = []
+
+    def closure():
+        p.grad = torch.ones(3)
+        handles.append(opt.register_step_post_hook(lambda *given: calls.append(given)))
+        handles.append(register_optimizer_step_post_hook(lambda *_: calls.append("of all")))
+
+    handles = []
+    try:
+        opt.step(closure)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert calls == [(opt, (opt, closure), {}), "of all"]
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler")

@@ -28,6 +28,7 @@ from graddrop_fused import (
     param_groups,
     policies,
 )
+from graddrop_fused.masked import MaskedOptimizer
 
 SHAPES = {"a": (17, 23), "b": (33,), "c": (5, 5)}
 
@@ -752,6 +753,28 @@ def test_torch_compile_before_the_first_eager_step(what):
             expected.step()
     for p, q in zip(model.parameters(), truth.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+    assert optimizer.draw == 3
+
+
+def test_torch_compile_of_a_subclass_s_own_step():
+    torch._dynamo.reset()
+
+    class Own(GradDropAdamW):
+        @torch.compile(backend="eager")
+        def step(self, closure=None):
+            return MaskedOptimizer.step(self, closure)  # torch decorates the step of classes that are made, not this
+
+    p = nn.Parameter(torch.ones(3))
+    optimizer = Own([p])
+    expected = nn.Parameter(torch.ones(3))
+    truth = torch.optim.AdamW([expected])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo's own
+        for _ in range(3):
+            p.grad, expected.grad = torch.ones(3), torch.ones(3)
+            optimizer.step()
+            truth.step()
+    torch.testing.assert_close(p, expected)
     assert optimizer.draw == 3
 
 
