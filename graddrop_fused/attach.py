@@ -1,15 +1,19 @@
 """Masks for any other optimizer: equation 2 of the paper, on the gradients before each of its steps."""
 
-from collections.abc import Callable
-from typing import Any, cast
+import operator
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import dispatch, preview, validate
-from .buckets import Bucket, Facts, make_buckets
-from .checks import check_choice
+from .buckets import Bucket, Facts, addresses, make_buckets
+from .checks import check_choice, shown
 from .clock import ENTRIES, Clock
 from .cuda_graph import capturing
 from .fakes import check_no_fake_mode
@@ -22,6 +26,7 @@ from .shards import local, local_gradient, placed_like
 from .tables import group_step
 
 _HANDLE = "_graddrop_handle"
+_STEP = Optimizer.profile_hook_step(lambda *_: None).__code__  # type: ignore[attr-defined]  # around every step()
 _OF_MASKS = ("drop", "layer")  # of a group's entries, those that are the handle's
 
 
@@ -40,16 +45,36 @@ def attach(
     Args:
         optimizer: any torch optimizer (Muon, Adafactor, an 8-bit Adam), or Accelerate's wrapper of one. A group's own
             ``group["drop"]`` wins over ``drop``; ``group["layer"]`` names its layer. Both move into the handle, so that
-            the optimizer's own checkpoints stay plain and do not change masks when they are loaded.
+            the optimizer's own checkpoints stay plain and do not change masks when they are loaded. Set later, they
+            hold from the next step on. A copy of the optimizer has no masks, since torch copies no hooks.
         drop, seed, steps_per_epoch, backend: as in GradDropAdamW.
 
     Returns:
-        A handle with set_epoch, keep_mask, state_dict, load_state_dict and remove.
+        A handle with set_epoch, keep_mask, dropped_layers, state_dict, load_state_dict and remove.
 
     Raises:
         TypeError, ValueError: naming the argument; nothing has changed then.
     """
     return MaskHandle(optimizer, drop, seed, steps_per_epoch, backend)
+
+
+@dataclass(frozen=True, eq=False)
+class _Own:
+    """What a handle has taken over from one of the optimizer's groups."""
+
+    group: Group
+    drop: Policy | None = None
+    layer: str | None = None
+    given: tuple[str, ...] = ()  # those that stood in the group itself
+    loaded: bool = False  # the group came with a checkpoint, whose entries are not what masks go by
+
+    def with_entries(self) -> "_Own":
+        """This, with what stands in the group; itself if that is nothing."""
+        found = {name: self.group[name] for name in _OF_MASKS if name in self.group}
+        if not found and not self.loaded:
+            return self
+        taken = {} if self.loaded else found
+        return replace(self, **taken, given=tuple({*self.given, *taken}), loaded=False)
 
 
 class MaskHandle:
@@ -60,9 +85,9 @@ class MaskHandle:
         optimizer = _innermost(optimizer)
         validate.policy(drop, "gradient")
         self._optimizer, self._drop, self._backend = optimizer, drop, backend
-        self._own: list[dict[str, Any]] = []  # each group's drop and layer
+        self._own: list[_Own] = []
         self._clock = Clock(seed, steps_per_epoch)
-        groups = [self._group(group, self._found_in(group)) for group in optimizer.param_groups]
+        groups = [self._group(of.with_entries()) for of in self._of_groups()]
         _check(groups)
         validate.policy_is_used(drop, groups)
         validate.warn_of_groups_as_layers(groups)
@@ -82,6 +107,11 @@ class MaskHandle:
         """Steps taken; those that AMP skipped do not count."""
         return self._clock.draw
 
+    @property
+    def epoch(self) -> int | None:
+        """The epoch that the coming step belongs to; None if nobody told."""
+        return self._clock.epoch_at(self._clock.draw + 1)
+
     def set_epoch(self, epoch: int) -> None:
         """As GradDropAdamW.set_epoch."""
         self._clock.set_epoch(epoch)
@@ -89,6 +119,10 @@ class MaskHandle:
     def keep_mask(self, param: Tensor) -> Tensor:
         """As GradDropAdamW.keep_mask."""
         return preview.keep_mask(self.groups, self._clock, param)
+
+    def dropped_layers(self) -> list[Tensor]:
+        """As GradDropAdamW.dropped_layers."""
+        return preview.dropped_layers(self.groups, self._clock)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and strings: seed, draw, epoch, steps_per_epoch and each group's policy."""
@@ -98,6 +132,8 @@ class MaskHandle:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises TypeError or ValueError, changing nothing, on a state with missing or extra entries, or bad values."""
         groups, expected = self.groups, {*ENTRIES, "policies"}
+        if not isinstance(state, Mapping) or not isinstance(state.get("policies", []), Sequence):
+            raise TypeError(f"state must be a dict as state_dict() makes it, got {shown(state)}")
         if set(state) != expected or len(state["policies"]) != len(groups):
             raise ValueError(
                 f"state must have {', '.join(sorted(expected))}, with {len(groups)} policies, got {sorted(state)}"
@@ -105,8 +141,7 @@ class MaskHandle:
         loaded = [policy_from_state(saved, policy_of(g)) for saved, g in zip(state["policies"], groups, strict=True)]
         _check([{**group, "drop": policy} for group, policy in zip(groups, loaded, strict=True)])
         self._clock = Clock.from_state({name: state[name] for name in ENTRIES})
-        for own, policy in zip(self._own, loaded, strict=True):
-            own["drop"] = policy
+        self._own = [replace(of, drop=policy) for of, policy in zip(self._own, loaded, strict=True)]
 
     def remove(self) -> None:
         """Leave the optimizer as it was before attach(). Calling it again does nothing."""
@@ -114,8 +149,14 @@ class MaskHandle:
             return
         self._hook.remove()
         delattr(self._optimizer, _HANDLE)
-        for group, own in zip(self._optimizer.param_groups, self._own, strict=False):
-            group.update({name: own[name] for name in _OF_MASKS if own["given"].get(name)})
+        for of in self._of_groups():
+            of.group.update({name: getattr(of, name) for name in of.given if name not in of.group})
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a handle of attach() is neither copied nor pickled: attach() to the copy of its optimizer, and give that "
+            "handle this one's state_dict()"
+        )
 
     # Groups
 
@@ -123,24 +164,36 @@ class MaskHandle:
     def groups(self) -> list[Group]:
         """The optimizer's groups, with what a mask needs and nothing of the optimizer's own arithmetic."""
         self._take_over()
-        return [self._group(group, own) for group, own in zip(self._optimizer.param_groups, self._own, strict=False)]
+        return [self._group(of) for of in self._own]
 
     def _take_over(self) -> None:
-        """Move groups' drop and layer into the handle, of groups that were added since as well."""
-        for g, group in enumerate(self._optimizer.param_groups):
-            if g == len(self._own):
-                self._own.append(self._found_in(group))
-            for name in _OF_MASKS:
-                group.pop(name, None)
+        """Move groups' drop and layer into the handle: of groups that were added since, and entries set since, too.
 
-    def _found_in(self, group: Group) -> dict[str, Any]:
-        given = {name: name in group for name in _OF_MASKS}
-        return {"drop": group.get("drop", self._drop), "layer": group.get("layer"), "given": given}
+        Raises TypeError or ValueError, changing nothing, on what masks cannot take.
+        """
+        own = [of.with_entries() for of in self._of_groups()]
+        if len(own) == len(self._own) and all(map(operator.is_, own, self._own)):
+            return
+        _check([self._group(of) for of in own])
+        for of in own:
+            for name in _OF_MASKS:
+                of.group.pop(name, None)
+        self._own = own
+
+    def _of_groups(self) -> "list[_Own]":
+        """What is known of each of the optimizer's groups. A group is its dict; where all are new, they came with a
+        checkpoint, and a group is its place."""
+        groups = self._optimizer.param_groups
+        known = {id(of.group): of for of in self._own}
+        if known and not any(id(group) in known for group in groups):
+            places = zip(groups, self._own, strict=False)
+            known = {id(group): replace(of, group=group, loaded=True) for group, of in places}
+        return [known[id(g)] if id(g) in known else _Own(g, self._drop) for g in groups]
 
     @staticmethod
-    def _group(group: Group, own: dict[str, Any]) -> Group:
-        kept: Group = {name: group[name] for name in ("params", "param_names") if name in group}
-        return {**kept, "drop": own["drop"], "layer": own["layer"], "effect": "gradient"}
+    def _group(of: "_Own") -> Group:
+        kept: Group = {name: of.group[name] for name in ("params", "param_names") if name in of.group}
+        return {**kept, "drop": of.drop, "layer": of.layer, "effect": "gradient"}
 
     # A step
 
@@ -151,6 +204,8 @@ class MaskHandle:
                 "attach() must not mask under CUDA graph capture: every replay would draw the same mask. Use "
                 "GradDropAdamW(capturable=True), or leave the optimizer's step out of the graph"
             )
+        if _within_its_step(optimizer, sys._getframe()):
+            return None
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return None
@@ -255,10 +310,33 @@ def _innermost(optimizer: Any) -> Optimizer:
     return optimizer
 
 
+def handle_of(optimizer: Optimizer) -> MaskHandle | None:
+    """What :func:`attach` returned for this optimizer, if its masks are on."""
+    return getattr(optimizer, _HANDLE, None)
+
+
+def _within_its_step(optimizer: Optimizer, frame: FrameType | None) -> bool:
+    """Is this the step of a base class, called by the optimizer's own? torch calls hooks around both, or not, as other
+    optimizers of the base class were made before; a step is masked once."""
+    steps = 0
+    while frame is not None:
+        steps += frame.f_code is _STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return steps > 1
+
+
 def _check(groups: list[Group]) -> None:
-    for group in groups:
+    for g, group in enumerate(groups):
         validate.policy(policy_of(group), "gradient")
+        validate.layer(group["layer"])
+        validate.listed_once([(None, p) for p in group["params"]], groups[:g])
     validate.all_groups(groups)
+    for member in members(groups):
+        if policy_of(groups[member.group]) is not None and member.param.dtype not in validate.PARAM_DTYPES:
+            raise ValueError(
+                f"parameter {member.called} must be float32, bfloat16, float16 or float64 to be masked, got "
+                f"{member.param.dtype}; give it a group with drop=None"
+            )
 
 
 def _in_its_place(param: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -274,15 +352,11 @@ def _in_place(param: Tensor, taken: set[int]) -> Tensor | None:
         return None
     grad = placed_like(param, param.grad)
     part = local(grad)
-    if (
-        part.is_neg()
-        or part.is_conj()
-        or validate.overlaps_itself(part)
-        or validate.expanded(part)
-        or id(grad) in taken
-    ):
+    place = addresses([part])[0] if part.numel() else 0
+    if part.is_neg() or part.is_conj() or validate.overlaps_itself(part) or validate.expanded(part) or place in taken:
         grad = grad.clone(memory_format=torch.contiguous_format)
     if grad is not param.grad:
         param.grad = grad
-    taken.add(id(grad))
+    if place:
+        taken.add(place)
     return local_gradient(param, grad)

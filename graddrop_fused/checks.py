@@ -12,11 +12,13 @@ from . import mask_stream
 
 
 def is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Python's own or numpy's."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Python's own or numpy's."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
@@ -45,7 +47,7 @@ def check_p(name: str, p: Any) -> None:
     if is_int(p) and p:
         raise ValueError(f"{name} must be a number in [0, 1), got {shown(p)}")
     try:
-        mask_stream.bernoulli_window(p)
+        mask_stream.bernoulli_window(float(p))
     except ValueError as error:
         raise ValueError(str(error).replace("p must", f"{name} must", 1)) from None
 
@@ -60,7 +62,7 @@ def check_nonnegative(name: str, value: Any) -> None:
 def shown(value: Any) -> str:
     """``repr`` that stays short: an integer of a million digits takes seconds to print, and what strangers put into a
     checkpoint may be of any size."""
-    if is_int(value) and value.bit_length() > 200:
+    if isinstance(value, int) and value.bit_length() > 200:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
@@ -78,6 +80,13 @@ class _Short(reprlib.Repr):
 _SHORT = _Short()
 _SHORT.maxstring = _SHORT.maxother = 200
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 20
+
+
+def make_plain(policy: Any, *names: str) -> None:
+    """Turn numpy's numbers among the named fields of a frozen dataclass into Python's: they are computed with as such,
+    and a checkpoint must give the same ones."""
+    for name in names:
+        object.__setattr__(policy, name, plain(name, getattr(policy, name)))
 
 
 def plain(name: str, value: Any) -> Any:

@@ -20,8 +20,8 @@ class Clock:
         check_int("seed", seed, 0, 2**64 - 1)
         if steps_per_epoch is not None:
             check_int("steps_per_epoch", steps_per_epoch, 1, WORD)
-        self.seed = seed
-        self.steps_per_epoch = steps_per_epoch
+        self.seed = int(seed)  # numpy's too
+        self.steps_per_epoch = None if steps_per_epoch is None else int(steps_per_epoch)
         self.draw = 0
         self.epoch: int | None = None  # as told by set_epoch
 
@@ -33,7 +33,7 @@ class Clock:
                 "a step belongs to; use one of the two (the Trainer's GradDropCallback calls set_epoch)"
             )
         check_int("epoch", epoch, 0, WORD)
-        self.epoch = epoch
+        self.epoch = int(epoch)
 
     def next_draw(self) -> int:
         """The coming step's draw. Raises OverflowError where 32 bits cannot hold it."""

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from torch.optim import Optimizer
 
 from .active_share import active_share, tensors
+from .attach import handle_of
+from .masked import MaskedOptimizer
 from .numbers import row_at
 from .policies import Policy, StaticMask
 
@@ -69,19 +71,37 @@ def describe(source: Optimizer | Sequence[Group] | Any) -> Description:
     LayerGradDrop has an optimizer's draw to go by, a layer is shown as kept (100 %) or dropped (0 %).
 
     Args:
-        source: a GradDropAdamW (or its kin), what attach() returned, or groups as param_groups() makes them. Groups
-            alone are shown at their first step, in epoch 0.
+        source: a GradDropAdamW (or its kin), what attach() returned or the optimizer that it was given, Accelerate's
+            wrapper of either, or groups as param_groups() makes them. Groups alone are shown at their first step, in
+            epoch 0.
 
     Returns:
         a :class:`Description`. In a notebook it is shown as a table instead of being printed.
 
     Raises:
-        TypeError: if ``source`` has no groups.
+        TypeError: if ``source`` has no groups, or is an optimizer without masks.
     """
+    source = _innermost(source)
     description = Description(_merged(_rows(source)))
     if "ipykernel" not in sys.modules:
         print(description)
     return description
+
+
+def _innermost(source: Any) -> Any:
+    """The masked optimizer, or the handle of attach(), inside wrappers such as Accelerate's."""
+    inner = source
+    while isinstance(getattr(inner, "optimizer", None), Optimizer):
+        inner = inner.optimizer
+    if not isinstance(inner, Optimizer) or isinstance(inner, MaskedOptimizer):
+        return inner
+    handle = handle_of(inner)
+    if handle is None:
+        raise TypeError(
+            "source must be a masked optimizer such as GradDropAdamW, or one that attach() was given, got "
+            f"{type(inner).__name__} without masks"
+        )
+    return handle
 
 
 def _groups_of(source: Any) -> list[Group]:
@@ -99,7 +119,7 @@ def _rows(source: Any) -> Iterator[LayerRow]:
     """One row a group."""
     groups = _groups_of(source)
     alone = source is groups or isinstance(source, Sequence)
-    draw, epoch = (1, 0) if alone else (source.draw + 1, _epoch_of(source))
+    draw, epoch = (1, 0) if alone else (source.draw + 1, source.epoch)
     layers = [f"group {i}" if g.get("layer") is None else str(g["layer"]) for i, g in enumerate(groups)]
     numbers = {layer: number for number, layer in enumerate(dict.fromkeys(layers))}
     dropped = {id(p) for p in source.dropped_layers()} if _knows_layers(source, groups, epoch) else None
@@ -113,15 +133,6 @@ def _rows(source: Any) -> Iterator[LayerRow]:
             row, _ = row_at(policy, numbers[layer], len(numbers), draw, epoch)
             share = active_share(group, policy, row, dropped)
         yield LayerRow(layer, sum(p.numel() for p in tensors(group)), _brief(policy), effect, share)
-
-
-def _epoch_of(source: Any) -> int | None:
-    """The epoch of the coming step; None if nobody told."""
-    if hasattr(source, "epoch"):
-        return source.epoch
-    clock = source.state_dict()  # of attach(): plain numbers
-    per_epoch = clock["steps_per_epoch"]
-    return clock["epoch"] if per_epoch is None else clock["draw"] // per_epoch
 
 
 def _knows_layers(source: Any, groups: Sequence[Group], epoch: int | None) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .checks import check_bool, check_nonnegative
 from .names import canonical_name
 from .policies import Policy
 from .stacks import Part, Walk
@@ -95,8 +96,9 @@ def param_groups(
         ValueError: if either is no regular expression or matches nothing, nothing is left to drop, ``weight_decay``
             is negative, no parameter requires a gradient, or the model has no recognisable stack.
     """
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}")
+    check_nonnegative("weight_decay", weight_decay)
+    if include_head is not None:
+        check_bool("include_head", include_head)
     if not isinstance(drop, Policy | None):
         raise TypeError(f"drop must be a policy, such as GradDrop(0.1), or None, got {drop!r}")
     layers = find_layers(model, stack=stack)

@@ -5,6 +5,7 @@ from .groups import Layers, policy_of
 from .masked import MaskedOptimizer
 from .numbers import rows_at
 from .policies import Policy
+from .skip import unwrap
 
 
 def log_values(optimizer: MaskedOptimizer) -> dict[str, float]:
@@ -16,6 +17,7 @@ def log_values(optimizer: MaskedOptimizer) -> dict[str, float]:
         graddrop_layers_dropped: how many layers are dropped as a whole, for policies that decide by layer.
         graddrop_draw: steps taken. graddrop_epoch: the epoch, if anybody told it.
     """
+    optimizer = unwrap(optimizer)
     groups, clock = optimizer.param_groups, optimizer._clock
     clock.draw = optimizer.draw
     policies = [policy_of(group) for group in groups]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import mask_stream
-from .checks import check_bool, check_choice, check_int, check_p, is_int, plain, shown
+from .checks import check_bool, check_choice, check_int, check_p, is_int, make_plain, plain, shown
 from .contract import Effect, Mask
 from .names import canonical_name
 from .schedules import Schedule
@@ -159,6 +159,7 @@ class GradDrop(Policy):
             raise ValueError(f"block must be 1 with distribution='gaussian', got {self.block!r}")
         if self.distribution == "gaussian" and self.rescale:
             raise ValueError("rescale must be None or False with distribution='gaussian': its noise has mean 1 already")
+        make_plain(self, "p", "block", "hold")
 
     def index(self, layers: int) -> Index:
         return _index_of(self.anneal)
@@ -213,6 +214,7 @@ class GradDropEpoch(Policy):
         if self.anneal is not None and not self.replacement:
             raise ValueError("anneal must go with replacement=True: without it the masks' sizes are what p makes them")
         check_choice("storage", self.storage, ("packed", "regenerate"))
+        make_plain(self, "p", "block")
         bounds = () if self.replacement or self.p is None else tuple(mask_stream.epoch_bounds(self.p))
         object.__setattr__(self, "_bounds", bounds)
 
@@ -266,6 +268,7 @@ class LayerGradDrop(Policy):
         _check_rescale(self.rescale)
         check_choice("per", self.per, ("step", "epoch"))
         check_int("hold", self.hold, 1, mask_stream.WORD)
+        make_plain(self, "p", "hold")
 
     def index(self, layers: int) -> Index:
         return _index_of(self.anneal)
@@ -298,6 +301,7 @@ class GradFreeze(Policy):
     def __post_init__(self) -> None:
         check_choice("direction", self.direction, ("top-down", "bottom-up"))
         check_int("layers_per_epoch", self.layers_per_epoch, 1, mask_stream.WORD)
+        make_plain(self, "layers_per_epoch")
 
     def index(self, layers: int) -> Index:
         return Index("epoch", max(1, -(-layers // self.layers_per_epoch)))
@@ -407,8 +411,8 @@ def _check_p_or_anneal(policy: Any) -> None:
 
 
 def _check_rescale(rescale: Any) -> None:
-    if rescale is not None:
-        check_bool("rescale", rescale)
+    if rescale is not None and not isinstance(rescale, bool):
+        raise TypeError(f"rescale must be True, False or None, got {shown(rescale)}")
 
 
 def _check_block(block: Any) -> None:

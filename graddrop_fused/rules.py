@@ -106,7 +106,8 @@ class AdamW(Rule):
         check_bool("amsgrad", group["amsgrad"])
 
     def numbers(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        return group["weight_decay"], *group["betas"], group["eps"]
+        beta1, beta2 = group["betas"]
+        return float(group["weight_decay"]), float(beta1), float(beta2), float(group["eps"])
 
     def factors(self, lr: Number, numbers: Sequence[Number], scale: Number, t: Number) -> tuple[Number, ...]:
         weight_decay, beta1, beta2, eps = numbers
@@ -148,8 +149,8 @@ class SGD(Rule):
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "Rule":
-        momentum = group["momentum"] != 0
-        return cls(momentum, damped=momentum and group["dampening"] != 0)
+        momentum = bool(group["momentum"] != 0)
+        return cls(momentum, damped=momentum and bool(group["dampening"] != 0))
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:
@@ -165,7 +166,7 @@ class SGD(Rule):
     def numbers(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         # without momentum the gradient itself is the step, as the look-ahead of a momentum of 0 is
         nesterov = group["nesterov"] or not self.momentum
-        return group["weight_decay"], group["momentum"], group["dampening"], float(nesterov)
+        return float(group["weight_decay"]), float(group["momentum"]), float(group["dampening"]), float(nesterov)
 
     def factors(self, lr: Number, numbers: Sequence[Number], scale: Number, t: Number) -> tuple[Number, ...]:
         weight_decay, momentum, dampening, nesterov = numbers
@@ -202,7 +203,8 @@ class Lion(Rule):
         check_nonnegative("weight_decay", group["weight_decay"])
 
     def numbers(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        return group["weight_decay"], *group["betas"]
+        beta1, beta2 = group["betas"]
+        return float(group["weight_decay"]), float(beta1), float(beta2)
 
     def factors(self, lr: Number, numbers: Sequence[Number], scale: Number, t: Number) -> tuple[Number, ...]:
         weight_decay, beta1, beta2 = numbers

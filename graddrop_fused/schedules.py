@@ -7,7 +7,7 @@ loaded by its class's name, wherever it is defined.
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
-from .checks import check_int, check_p, plain, shown
+from .checks import check_int, check_p, make_plain, plain, shown
 from .mask_stream import WORD
 
 
@@ -78,6 +78,7 @@ class LinearAnneal(Schedule):
             )
         name = "epochs" if self.total_steps is None else "total_steps"
         check_int(name, getattr(self, name), 2, WORD)
+        make_plain(self, "start", name)
 
     @property
     def by(self) -> Literal["epoch", "step"]:

@@ -48,9 +48,12 @@ def group_options(options: Mapping[str, Any], rule_class: type[Rule]) -> None:
         raise ValueError("foreach and fused must not both be True (the step is always fused), got True and True")
     policy(options["drop"], options["effect"])
     check_choice("rounding", options.get("rounding", ROUNDINGS[0]), ROUNDINGS)
-    layer = options.get("layer")
-    if layer is not None and not isinstance(layer, str):
-        raise TypeError(f"layer must be a layer's name (str) or None, got {shown(layer)}")
+    layer(options.get("layer"))
+
+
+def layer(name: Any) -> None:
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"layer must be a layer's name (str) or None, got {shown(name)}")
 
 
 def _check_lr(lr: Any) -> None:
@@ -93,7 +96,7 @@ def new_group(
     named = [entry if isinstance(entry, tuple) else (None, entry) for entry in params]
     for index, (name, value) in enumerate(named):
         param("a parameter" if name is None else f"parameter {name!r}", value, index)
-    _check_listed_once(named, others)
+    listed_once(named, others)
     whole = {**defaults, **group, "params": [value for _, value in named]}
     group_options(whole, rule_class)
     if all(name is not None for name, _ in named) and named:
@@ -104,7 +107,8 @@ def new_group(
     return {**group, "params": params}
 
 
-def _check_listed_once(named: Sequence[tuple[Any, Tensor]], others: Sequence[Mapping[str, Any]]) -> None:
+def listed_once(named: Sequence[tuple[Any, Tensor]], others: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError if a group of (name, parameter) has one of them twice, or one of another group."""
     seen: set[int] = set()
     for index, (_, value) in enumerate(named):
         if id(value) in seen:
@@ -225,7 +229,11 @@ def gradient(member: Member, grad: Tensor | None) -> None:
         return
     param = member.param
     if grad.layout is not torch.strided:
-        _refuse(member, f"must be dense, got layout {grad.layout}; use torch.optim.SparseAdam for sparse gradients")
+        _refuse(
+            member,
+            f"must be dense, got layout {grad.layout}: masks are not for sparse gradients. Use torch.optim.SparseAdam "
+            "without them, or give the parameter a group with drop=None to attach()",
+        )
     if grad.dtype is not param.dtype and grad.dtype not in PARAM_DTYPES:
         _refuse(member, f"must be a floating-point tensor, got {grad.dtype}")
     if grad.dtype is not param.dtype and torch.float64 in (grad.dtype, param.dtype):

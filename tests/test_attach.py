@@ -1,12 +1,15 @@
 """attach(): masks for any other optimizer, in place before each of its steps."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from named_parameters import give_gradients, parameters
 from policy_cases import BACKENDS
 from torch import nn
 
-from graddrop_fused import GradDrop, GradDropEpoch, attach
+from graddrop_fused import GradDrop, GradDropEpoch, LayerGradDrop, StaticMask, attach
 
 
 def test_attach_masks_what_the_optimizer_then_sees():
@@ -86,3 +89,127 @@ def test_gradients_that_come_and_go(backend, drop):
             else:
                 assert p.grad is None and torch.equal(p, before[p]) and p._version == versions[p]
     assert handle.draw == 5
+
+
+class CallsItsBase(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("by_closure", [False, True])
+def test_a_step_that_calls_its_base_is_masked_once(by_closure):
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # from now on torch calls hooks around the base's step, too
+    p = nn.Parameter(torch.zeros(1000))
+    opt = CallsItsBase([p], lr=1.0)
+    handle = attach(opt, GradDrop(0.5))
+    for step in range(3):
+        before, mask = p.detach().clone(), handle.keep_mask(p)
+
+        def closure():
+            p.grad = torch.ones(1000)
+            return 1.0
+
+        if by_closure:
+            assert opt.step(closure) == 1.0
+        else:
+            closure()
+            opt.step()
+        assert handle.draw == step + 1 and torch.equal(p.detach(), before - 2.0 * mask)
+
+
+def kept(opt, handle, params):
+    """Which share of each gradient a step keeps; that it is what keep_mask says."""
+    for p in params:
+        p.grad = torch.ones_like(p)
+    masks = [handle.keep_mask(p) for p in params]
+    opt.step()
+    assert all(torch.equal(p.grad != 0, mask) for p, mask in zip(params, masks, strict=True))
+    return [round(mask.double().mean().item(), 1) for mask in masks]
+
+
+def test_policies_stay_with_their_groups():
+    p, q, r = params = [nn.Parameter(torch.ones(4096)) for _ in range(3)]
+    opt = torch.optim.SGD([{"params": [p], "drop": GradDrop(0.1)}, {"params": [q], "drop": GradDrop(0.9)}], lr=1.0)
+    handle = attach(opt)
+    assert kept(opt, handle, [p, q]) == [0.9, 0.1]
+    opt.param_groups.reverse()
+    assert kept(opt, handle, [p, q]) == [0.9, 0.1]
+    opt.add_param_group({"params": [r], "drop": GradDrop(0.5)})
+    assert kept(opt, handle, params) == [0.9, 0.1, 0.5]
+    plain = opt.state_dict()
+    assert not any("drop" in group for group in plain["param_groups"])
+    opt.param_groups[0]["drop"] = GradDrop(0.3)  # q's
+    assert kept(opt, handle, params) == [0.9, 0.7, 0.5] and "drop" not in opt.param_groups[0]
+    opt.load_state_dict({**plain, "param_groups": [{**g, "drop": "of another"} for g in plain["param_groups"]]})
+    assert kept(opt, handle, params) == [0.9, 0.7, 0.5]
+    assert [state["p"] for state in handle.state_dict()["policies"]] == [0.3, 0.1, 0.5]
+    del opt.param_groups[0]
+    assert kept(opt, handle, [p, r]) == [0.9, 0.5]
+    opt.param_groups[1]["drop"] = None
+    assert kept(opt, handle, [p, r]) == [0.9, 1.0]
+    handle.remove()
+    assert [group["drop"] for group in opt.param_groups] == [GradDrop(0.1), None]
+
+
+@pytest.mark.parametrize(
+    "entries, error, message",
+    [
+        ({"drop": "graddrop:p=0.1"}, TypeError, "drop must be None or a policy"),
+        ({"layer": 1}, TypeError, "layer must be a layer's name"),
+        ({"drop": StaticMask({"zz": torch.ones(3, dtype=torch.bool)})}, ValueError, "StaticMask names 'zz'"),
+        ({"drop": LayerGradDrop(0.5)}, None, ""),
+    ],
+    ids=["text", "number", "unknown name", "good"],
+)
+def test_what_is_set_later_is_checked(entries, error, message):
+    p, q = (nn.Parameter(torch.ones(64)) for _ in range(2))
+    opt = torch.optim.SGD([{"params": [("p", p)]}, {"params": [("q", q)]}], lr=1.0)
+    handle = attach(opt, GradDrop(0.5))
+    state = handle.state_dict()
+    opt.param_groups[1].update(entries)
+    p.grad, q.grad = torch.ones(64), torch.ones(64)
+    if error is None:
+        opt.step()
+        assert len(set(q.grad.tolist())) == 1 and handle.draw == 1
+        return
+    for act in (opt.step, handle.state_dict, lambda: handle.keep_mask(p)):
+        with pytest.raises(error, match=message):
+            act()
+    assert torch.equal(p.grad, torch.ones(64)) and torch.equal(p, torch.ones(64)) and handle.draw == 0
+    for name in entries:
+        del opt.param_groups[1][name]
+    assert handle.state_dict() == state
+
+
+def test_what_attach_refuses():
+    p, z = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4, dtype=torch.complex64))
+    with pytest.warns(UserWarning, match="duplicate"):
+        twice = torch.optim.SGD([p, p], lr=1.0)
+    with pytest.raises(ValueError, match="must not list a parameter twice"):
+        attach(twice, GradDrop(0.5))
+    with pytest.raises(ValueError, match=r"parameter \(0, 1\) must be float32.*got torch.complex64"):
+        attach(torch.optim.SGD([p, z], lr=1.0), GradDrop(0.5))
+    with pytest.raises(TypeError, match="layer must be a layer's name"):
+        attach(torch.optim.SGD([{"params": [p], "layer": 1.5}], lr=1.0), GradDrop(0.5))
+    opt = torch.optim.SGD([p], lr=1.0)
+    handle = attach(opt, GradDrop(0.5))
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"attach\(\) to the copy of its optimizer"):
+            copied(handle)
+    with pytest.raises(TypeError, match="state must be a dict as state_dict"):
+        handle.load_state_dict(None)
+    p.grad = torch.ones(4).to_sparse()
+    with pytest.raises(ValueError, match="give the parameter a group with drop=None"):
+        opt.step()
+
+
+def test_one_memory_given_to_two_parameters():
+    p, q = nn.Parameter(torch.zeros(40, 25)), nn.Parameter(torch.zeros(1000))
+    opt = torch.optim.SGD([p, q], lr=1.0)
+    handle = attach(opt, GradDrop(0.5))
+    grad = torch.ones(1000)
+    p.grad, q.grad = grad.view(40, 25), grad
+    masks = [handle.keep_mask(p), handle.keep_mask(q)]
+    opt.step()
+    for param, mask in zip((p, q), masks, strict=True):
+        assert torch.equal(param.detach(), -2.0 * mask)

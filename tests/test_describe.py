@@ -11,7 +11,6 @@ from graddrop_fused import (
     GradFreeze,
     LayerGradDrop,
     LinearAnneal,
-    MaskHandle,
     StaticMask,
     attach,
     param_groups,
@@ -122,10 +121,42 @@ def test_text_and_html(model, capsys):
     assert markup.count("<tr>") == len(lines) and "<td>GradDrop(p=0.5)</td>" in markup
 
 
-@pytest.mark.skipif(not hasattr(MaskHandle, "groups"), reason="MaskHandle does not show its groups")
 def test_handle_of_attach(model):
-    handle = attach(torch.optim.SGD(param_groups(model, drop=GradDrop(p=0.5)), lr=0.1))
-    assert describe(handle).total.active == pytest.approx(0.5, abs=1e-3)
+    optimizer = torch.optim.SGD(param_groups(model, drop=GradDrop(p=0.5)), lr=0.1)
+    handle = attach(optimizer)
+    for source in (handle, optimizer, Wrapper(optimizer)):
+        assert describe(source).total.active == pytest.approx(0.5, abs=1e-3)
+    handle.remove()
+    for source in (torch.optim.SGD(model.parameters()), Wrapper(torch.optim.AdamW(model.parameters()))):
+        with pytest.raises(TypeError, match="without masks"):
+            describe(source)
+
+
+def test_layers_of_a_handle_are_those_of_its_masks(model):
+    handle = attach(torch.optim.SGD(param_groups(model, drop=LayerGradDrop(p=0.5)), lr=0.1), seed=4)
+    shares = [row.active for row in describe(handle).rows]
+    off = {id(p) for p in handle.dropped_layers()}
+    assert set(shares) == {0.0, 1.0} and off
+    for group in handle.groups:
+        for p in group["params"]:
+            assert bool(handle.keep_mask(p).any()) == (id(p) not in off)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As Accelerate's AcceleratedOptimizer, which has little else of its own."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+
+def test_accelerate_s_wrapper(model):
+    optimizer = GradDropAdamW(param_groups(model, drop=GradDrop(p=0.5)))
+    assert str(describe(Wrapper(optimizer))) == str(describe(optimizer))
+    assert log_values(Wrapper(optimizer)) == log_values(optimizer)
 
 
 @pytest.mark.parametrize("source", [None, 3, "adamw", [torch.ones(2)], torch.nn.Linear(2, 2)])

@@ -507,6 +507,41 @@ def test_whatever_is_accepted_can_be_saved_and_loaded_again():
     assert other.param_groups[0]["drop"] == GradDrop(0.25) and other.param_groups[0]["lr"] == 0.5
 
 
+@pytest.mark.parametrize("kind", ["float64", "float32", "float16"])
+def test_numpy_s_numbers_are_python_s(kind):
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed: torch works without it")
+
+    def trained(real, whole):
+        params = [nn.Parameter(t) for t in tensors().values()]
+        optimizer = GradDropAdamW(
+            params,
+            lr=real(0.1),
+            betas=(real(0.9), real(0.95)),
+            eps=real(1e-4),
+            weight_decay=real(0.3),
+            drop=GradDrop(real(0.3), block=whole(128), hold=whole(2)),
+            seed=whole(3),
+            backend="reference",
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: real(0.5) ** step)
+        optimizer.set_epoch(whole(1))
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            scheduler.step()
+        return params, optimizer
+
+    real = getattr(numpy, kind)
+    params, optimizer = trained(real, numpy.int64)
+    expected, other = trained(lambda x: float(real(x)), int)
+    for p, q in zip(params, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-3 if kind == "float16" else 1e-6, atol=0)  # numpy's lr is rounded
+        assert torch.equal(optimizer.keep_mask(p), other.keep_mask(q))
+    assert repr(optimizer.param_groups[0]["drop"]) == repr(other.param_groups[0]["drop"])
+    assert [type(n) for n in (optimizer.seed, optimizer.epoch)] == [int, int]
+
+
 def test_step_counts_in_shared_memory_become_private():
     params, optimizer = made("reference")
     optimizer.step()
