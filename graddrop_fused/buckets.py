@@ -305,6 +305,7 @@ class UpdateBucket(Bucket):
     def prepare_on_host(self, steps: Mapping[int, GroupStep], draw: int, seed: int) -> None:
         """Fill in the tables for the coming step, number ``draw``, which :meth:`run` counts."""
         t, out = self.steps.tolist(), set(self.absent)
+        self.left_alone = out
         for group, tensors in self.by_group.items():
             if steps[group].frozen:
                 out.update(tensors)
@@ -333,6 +334,7 @@ class UpdateBucket(Bucket):
     ) -> None:
         """The same from a device's numbers."""
         assert isinstance(self.tables, DeviceTables)
+        self.left_alone = set(self.absent)  # as far as the host knows
         counted = torch.where(self.tables.frozen(numbers, groups), 0.0, torch.ones_like(self.steps))
         for run in runs(self.absent):
             counted[run] = 0.0
@@ -363,7 +365,10 @@ class UpdateBucket(Bucket):
         if self.block_steps is not None:
             self.block_steps.commit(len(self.members))
         if self.backend is not reference:  # whose operations tell autograd themselves
-            torch.autograd.graph.increment_version(self.written)
+            written, out = self.written, self.left_alone
+            if out:  # they may be needed by a backward pass that is yet to come
+                written = [t for k, t in enumerate(written) if k % len(self.members) not in out]
+            torch.autograd.graph.increment_version(written)
 
 
 _ONE = torch.tensor(1.0, device=HOST)

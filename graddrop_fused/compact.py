@@ -310,11 +310,13 @@ class CompactBucket(UpdateBucket):
 
     def prepare_on_host(self, steps: Mapping[int, GroupStep], draw: int, seed: int) -> None:
         # the mask has decided which runs there are: they are kept, and an absent tensor's do not count
+        left_alone = set(self.absent)
         self.absent = [count for i in self.absent for count in self.counts_of[i]]
         kept = {
             g: step._replace(row=step.row._replace(mask=Mask.KEEP), effect=Effect.FREEZE) for g, step in steps.items()
         }
         super().prepare_on_host(kept, draw, seed)
+        self.left_alone = left_alone
 
 
 # Checkpoints
@@ -359,7 +361,9 @@ def check_state(called: str, entry: Mapping[str, Any], param: Tensor, rule: Rule
 
 def is_expanded(entry: Mapping[str, Any], param: Tensor) -> bool:
     """Is it compact state as :func:`expanded` made it?"""
-    return isinstance(entry.get(ACTIVE), Tensor) and entry[ACTIVE].shape == param.shape
+    active, step = entry.get(ACTIVE), entry.get("step")
+    # a table of runs may have the parameter's shape, but counts more than one step
+    return isinstance(active, Tensor) and active.shape == param.shape and not (isinstance(step, Tensor) and step.dim())
 
 
 def check_saved(what: Callable[[str], str], entry: Mapping[str, Any], param: Tensor, rule: Rule) -> None:

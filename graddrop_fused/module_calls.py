@@ -1,11 +1,14 @@
 """What happens around the calls of a model's modules: something before and after the outermost, and who ran within."""
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch.utils.checkpoint import CheckpointFunction
 
 
 class ModuleCalls:
@@ -23,6 +26,8 @@ class ModuleCalls:
         model: any module. Pickles and deep copies of it know nothing of this.
         before: is given the outermost module; whether the call is of interest.
         before_compiled: is called before a module that is compiled runs in a call of interest.
+        in_reentrant_checkpoint: is called before a module that torch.utils.checkpoint runs in a call of interest with
+            use_reentrant=True.
     """
 
     def __init__(
@@ -31,6 +36,7 @@ class ModuleCalls:
         before: Callable[[nn.Module], bool],
         after: Callable[[], None],
         before_compiled: Callable[[], None],
+        in_reentrant_checkpoint: Callable[[], None],
     ):
         self.ran: set[nn.Module] = set()
         # A compiler that traced what we do would fix today's decision in its graph. It is to pass over us, not over the
@@ -38,6 +44,8 @@ class ModuleCalls:
         torch.compiler.disable(_Call.__call__, recursive=False)
         self.before_compiled, self._before_compiled = torch.compiler.disable(self._compiled), before_compiled
         self.before, self.after = map(torch.compiler.disable, (before, after))
+        self.without_grad = torch.compiler.disable(self._without_grad)
+        self._in_reentrant_checkpoint = in_reentrant_checkpoint
         self.running = self.noting = self.removed = False
         # A compiled model's wrapper would hand the attribute on to the model
         self._calls = [_Call(self, module) for module in model.modules() if "_orig_mod" not in module._modules]
@@ -54,9 +62,19 @@ class ModuleCalls:
             if not call.stands():
                 call.install()
 
+    def _without_grad(self) -> None:
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_code is not _REENTRANT:
+            frame = frame.f_back
+        if frame is not None:
+            self._in_reentrant_checkpoint()
+
     def _compiled(self, module: nn.Module) -> None:
         self.ran.update(module.modules())
         self._before_compiled()
+
+
+_REENTRANT = CheckpointFunction.forward.__code__
 
 
 class StandIn:
@@ -111,6 +129,8 @@ class _Call(StandIn):
             if outermost:
                 calls.running = True
                 calls.noting = calls.before(self.module)
+            if calls.noting and not torch.is_grad_enabled():
+                calls.without_grad()
             if calls.noting and (self.is_compiled or get_eval_frame_callback()):
                 calls.before_compiled(self.module)
             elif calls.noting:

@@ -107,7 +107,10 @@ class SkippedRows:
 
     def _before_any_step(self, optimizer: Optimizer, *_: object) -> None:
         left_out = self._draws.left_out
-        if optimizer is self._optimizer or not left_out or not self._loop.is_running():
+        if not left_out or not self._loop.is_running():
+            return
+        if optimizer is self._optimizer:
+            self._draws.bring_up_to_date()
             return
         if any(id(p) in left_out for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(
@@ -163,11 +166,13 @@ class _ByRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows_of: Callable) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
             x = x.to(torch.get_autocast_dtype(x.device.type))  # what autograd would save
         ctx.rows_of = rows_of
         ctx.save_for_backward(x, weight)
-        return linear(x, weight, bias)
+        out = linear(x, weight, bias)
+        # not as the view that it may be: autograd would let nothing write into it
+        return torch.ops.aten._unsafe_view(out, out.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -242,17 +247,36 @@ class _Draws:
     def rows(self, weight: Tensor) -> tuple[Tensor | None, bool]:
         """(indices of kept rows or None for all, whether the others must read as zero)."""
         optimizer = self._optimizer
-        clock, groups = optimizer._clock, optimizer.param_groups
-        of_step = clock.seed, clock.draw, clock.epoch, *((g["drop"], g["effect"], len(g["params"])) for g in groups)
-        if of_step != self._of_step:
-            self._draw()
-            self._of_step = of_step
+        self.bring_up_to_date()
         released = isinstance(optimizer._inside_backward, ReleasedGradients)
         unread = released and id(weight) in self._freezes and not torch.is_anomaly_enabled()
         rows = self._rows.get(id(weight))
         if rows is not None:
             self.left_out.add(id(weight))
         return rows, not unread
+
+    def bring_up_to_date(self) -> None:
+        """Draw the coming step's rows, if that is not done yet.
+
+        Raises RuntimeError if gradients are there already that lack the rows of other masks.
+        """
+        clock, groups = self._optimizer._clock, self._optimizer.param_groups
+        of_step = clock.seed, clock.draw, clock.epoch, *((g["drop"], g["effect"], len(g["params"])) for g in groups)
+        if of_step != self._of_step:
+            before = self._drawn_with
+            self._draw()
+            self._of_step = of_step
+            if self._drawn_with != before and self._has_gradients():
+                self.left_out.clear()
+                raise RuntimeError(
+                    "skip_dropped_rows needs one mask for all passes of a step, and the masks changed between them: "
+                    "gradients are there that lack rows of the masks before. Call set_epoch(), or change policies, "
+                    "between optimizer.step() and the next backward pass; zero_grad() leaves these gradients behind"
+                )
+
+    def _has_gradients(self) -> bool:
+        grads = [p.grad for p in self._weights if id(p) in self.left_out]
+        return any(grad is not None and bool(grad.any()) for grad in grads)
 
     def _draw(self) -> None:
         clock, groups = self._optimizer._clock, self._optimizer.param_groups

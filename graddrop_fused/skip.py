@@ -14,6 +14,7 @@ from .contract import Effect
 from .groups import effect_of, is_layerwise, shown_policies
 from .masked import MaskedOptimizer
 from .module_calls import ModuleCalls
+from .shards import local
 
 # Before torch 2.12 a graph that was compiled while a parameter was off goes on to serve when it is on again, and gives
 # it no gradient (pytorch/pytorch#139476; seen in 2.11, and not in 2.12).
@@ -99,9 +100,13 @@ class SkippedLayers:
             )
         self._participation = _Participation(model)
         self._decided: set[Tensor] = set()  # what the coming step's passes switch off
+        self._dropped: set[Tensor] = set()  # what the masks dropped when that was decided
         self._off: list[Tensor] = []  # what is switched off at this moment
+        self._unreached: set[Tensor] = set()  # those that were on in a step and got no gradient
         self._all_stays_on = False  # a compiled graph would not notice
-        self._calls = ModuleCalls(model, self._before_call, self._after_call, self._before_compiled)
+        self._calls = ModuleCalls(
+            model, self._before_call, self._after_call, self._before_compiled, self._in_reentrant_checkpoint
+        )
         self._hooks = [
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
             register_optimizer_step_pre_hook(self._before_any_step),
@@ -128,7 +133,9 @@ class SkippedLayers:
             self._check_checkpointing()
             self._calls.renew()
             if not self._all_stays_on:
-                self._decide(self._skippable())
+                off = self._skippable()
+                self._check_same_masks()
+                self._decide(off)
         for param in () if self._all_stays_on else self._decided:
             if param.requires_grad:
                 self._off.append(param)
@@ -166,29 +173,48 @@ class SkippedLayers:
             self._optimizer._switched_off -= {id(p) for p in self._decided}
             self._decided = off
 
+    def _check_same_masks(self) -> None:
+        """Raises RuntimeError if gradients are there already whose passes left out what other masks drop."""
+        dropped = self._params.intersection(self._optimizer.dropped_layers())
+        left_out, before, self._dropped = self._optimizer._switched_off & _ids(self._decided), self._dropped, dropped
+        if left_out and dropped != before and any(p.grad is not None and local(p.grad).any() for p in self._params):
+            self._decide(set())
+            raise RuntimeError(
+                "skip_dropped_layers needs one mask for all passes of a step, and the masks changed between them: "
+                "gradients are there that lack the layers of the masks before. Call set_epoch(), or change policies, "
+                "between optimizer.step() and the next forward pass; zero_grad() leaves these gradients behind"
+            )
+
     def _skippable(self) -> set[Tensor]:
         groups = self._optimizer.param_groups
         dropped = self._params.intersection(self._optimizer.dropped_layers())
         self._frozen = {p for g in groups if effect_of(g) == Effect.FREEZE for p in g["params"]}
         needed = {p for g in groups if effect_of(g) == Effect.UPDATE for p in g["params"]}
         off = {p for p in dropped - needed if p in self._frozen or self._participation.known(p)}
-        if not any(p.requires_grad for p in self._params - off):
+        # what is left must be reached, as far as steps have shown: models have parameters that no loss depends on
+        if not any(p.requires_grad for p in self._params - off - self._unreached):
             off -= _last_layer(groups, off)
         return off
 
     def _after_step(self) -> None:
         candidates = {p for g in self._optimizer.param_groups if g["drop"] and g["drop"].layerwise for p in g["params"]}
-        seen = self._params.intersection(candidates) - self._decided
-        released = self._optimizer._inside_backward
+        seen, released = self._params - self._decided, self._optimizer._inside_backward
         had = {p for p in seen if p.grad is not None or (released is not None and id(p) in released.updated)}
-        self._participation.learn(seen, had, self._calls.ran)
+        if self._calls.ran and had:
+            self._unreached = (self._unreached | {p for p in seen if p.requires_grad}) - had
+        self._participation.learn(seen & candidates, had & candidates, self._calls.ran)
         self._calls.ran.clear()
         self._calls.renew()
         self._decide(set())
 
     def _before_any_step(self, optimizer: Optimizer, *_: object) -> None:
         known = self._optimizer._switched_off
-        if optimizer is self._optimizer or not self._decided or not self._is_in_its_loop():
+        if not self._decided or not self._is_in_its_loop():
+            return
+        if optimizer is self._optimizer:
+            if self._optimizer._inside_backward is None and all(p.grad is None for p in self._params):
+                self._decide(set())  # no backward pass was, and nothing is missing
+            self._check_same_masks()
             return
         if any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(
@@ -209,10 +235,21 @@ class SkippedLayers:
         for module in self._checkpointing:
             function = getattr(module, "_gradient_checkpointing_func", None)  # transformers'
             if module.gradient_checkpointing and getattr(function, "keywords", {}).get("use_reentrant"):
-                raise ValueError(
-                    "model must not use reentrant activation checkpointing with skip_dropped_layers: behind a "
-                    "switched-off layer it loses all gradients. Set use_reentrant=False in its checkpointing kwargs"
-                )
+                raise ValueError(_REENTRANT)
+
+    def _in_reentrant_checkpoint(self) -> None:
+        if self._is_in_its_loop():
+            raise ValueError(_REENTRANT)
+
+
+_REENTRANT = (
+    "model must not use reentrant activation checkpointing with skip_dropped_layers: behind a switched-off layer it "
+    "loses all gradients. Set use_reentrant=False, for transformers in its checkpointing kwargs"
+)
+
+
+def _ids(params: set[Tensor]) -> set[int]:
+    return {id(p) for p in params}
 
 
 class _Participation:

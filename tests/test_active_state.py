@@ -752,3 +752,27 @@ def test_layers_that_freeze_lose_their_state_even_without_gradients(released):
             assert set(opt.state) == active
             seen.add(frozenset(map(id, active)))
     assert len(seen) > 2
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_table_of_runs_of_the_parameter_s_own_shape_is_loaded(rows):
+    def made(seed):
+        model = nn.Linear(3, rows)
+        drop = GradDropEpoch(0.5, block="row")
+        options = {"steps_per_epoch": 2, "active_state": True, "effect": "freeze"}
+        return model, GradDropAdamW(model.named_parameters(), drop=drop, seed=seed, **options)
+
+    seen = set()
+    for seed in range(12):
+        model, optimizer = made(seed)
+        for _ in range(3):
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+        saved = optimizer.state_dict()
+        seen.update(entry["active"].shape for entry in saved["state"].values() if "active" in entry)
+        other_model, other = made(0)
+        other.load_state_dict(saved)
+        for p, q in zip(model.parameters(), other_model.parameters(), strict=True):
+            for name, value in optimizer.state.get(p, {}).items():
+                assert torch.equal(other.state[q][name], value)
+    assert rows > 2 or (rows, 3) in seen or (1, 3) in seen

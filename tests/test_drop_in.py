@@ -11,7 +11,7 @@ from policy_cases import BACKENDS
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, attach
+from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, GradFreeze, attach
 
 SHAPES = [(0,), (1,), (33,), (129,), (17, 23)]
 # two roundings of the parameter's dtype a step, of which errors of opposite sign cancel
@@ -306,3 +306,25 @@ def test_two_optimizers_side_by_side_and_state_dtype():
     assert (a.draw, b.draw) == (2, 1)
     assert a.state[params[2]]["exp_avg"].dtype == torch.float32
     assert b.state[params[3]]["exp_avg"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("absent", ["no gradient", "frozen as a whole"])
+def test_what_a_step_leaves_alone_stays_fit_for_backward(backend, absent):
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    drop = GradFreeze("top-down") if absent == "frozen as a whole" else None
+    groups = [{"params": [p], "layer": name} for p, name in ((a, "first"), (b, "last"))]
+    opt = GradDropAdamW(groups, drop=drop, backend=backend)
+    opt.set_epoch(0)
+    if drop is None:
+        (a * b).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    x = torch.ones(3, requires_grad=True)
+    waiting = (a * x).sum()  # its backward needs a
+    b.sum().backward()
+    if drop is not None:
+        a.grad = torch.ones(3)
+    opt.step()
+    waiting.backward()
+    assert torch.equal(x.grad, a.detach())

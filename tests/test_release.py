@@ -532,3 +532,34 @@ def test_trainer_arguments(options, problem, tmp_path):
     with pytest.raises(ValueError) as raised:
         run.train()
     assert problem in str(raised.value)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_parts_of_which_some_steps_use_a_part(backend):
+    """Weights that a step has not changed may be needed in the same backward pass yet."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, use_a):
+            return self.b(self.a(x) if use_a else x)
+
+    def trained(release):
+        torch.manual_seed(0)
+        model = nn.Sequential()
+        model.embedding, model.blocks = nn.Linear(4, 4), nn.ModuleList([Block()])
+        opt = ADAMW(model.named_parameters(), drop=GradDrop(0.3), backend=backend)
+        if release:
+            release_gradients(model, opt)
+        for step, use_a in enumerate((True, False, True, False, True)):
+            if step == 3:
+                model.blocks[0].b.requires_grad_(False)
+            model.blocks[0](model.embedding(torch.ones(2, 4)), use_a).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+        return model
+
+    for p, q in zip(trained(True).parameters(), trained(False).parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -465,3 +465,61 @@ def test_what_cannot_work_is_refused_at_once():
     with pytest.raises(ValueError, match="model must not be a DataParallel"):
         skip_dropped_rows(nn.DataParallel(model), make(model, POLICIES["drawn"]))
     assert not any("_compiled_call_impl" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (2, 1, 3, 8)])
+def test_what_comes_out_may_be_written_into(shape):
+    def gradients(skip):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 2))
+        optimizer = ADAMW(model.named_parameters(), drop=GradDrop(0.5, block="row"), seed=1)
+        masks = [optimizer.keep_mask(p) for p in model.parameters()]
+        if skip:
+            skip_dropped_rows(model, optimizer)
+        out = model(torch.ones(shape))
+        out += 1
+        out.square().sum().backward()
+        return [p.grad * mask for p, mask in zip(model.parameters(), masks, strict=True)]
+
+    for ours, theirs in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_float64_under_autocast():
+    model = nn.Linear(8, 4).double()
+    optimizer = ADAMW(model.named_parameters(), drop=GradDrop(0.5, block="row"))
+    skip_dropped_rows(model, optimizer)
+    x = torch.ones(3, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.float64  # which autocast leaves alone
+        model(x).sum().backward()
+    mask = optimizer.keep_mask(model.weight)
+    assert torch.equal(model.weight.grad, 3.0 * mask)
+
+
+@pytest.mark.parametrize("at", ["backward", "step"])
+def test_an_epoch_that_begins_between_the_passes_of_a_step(at):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = ADAMW(model.named_parameters(), drop=GradDropEpoch(0.5, toggle=True, block="row"))
+    skip_dropped_rows(model, optimizer)
+    optimizer.set_epoch(0)
+    for p in model.parameters():
+        p.data.fill_(1.0)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.set_epoch(1)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="one mask for all passes of a step"):
+        optimizer.step() if at == "step" else model(torch.ones(1, 4)).sum().backward()
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()) and optimizer.draw == 0
+    optimizer.zero_grad()
+    masks = {p: optimizer.keep_mask(p) for p in model.parameters()}
+    model(torch.ones(1, 4)).sum().backward()
+    for name, p in model.named_parameters():
+        if name.endswith("weight"):
+            assert torch.equal(p.grad.any(1), masks[p].any(1))
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.set_epoch(2)  # between a step and the next pass, as it should be
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert optimizer.draw == 2

@@ -733,3 +733,105 @@ def test_optimizer_of_another_model():
     opt = build_optimizer(build_model(), LayerGradDrop(p=0.5))
     with pytest.raises(ValueError, match="optimizer must hold parameters of the model"):
         skip_dropped_layers(build_model(), opt)
+
+
+def two_layers(drop, **options):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    groups = [{"params": list(model[i].named_parameters(str(i))), "layer": str(i)} for i in (0, 1)]
+    return model, GradDropAdamW(groups, lr=1e-2, drop=drop, seed=3, backend="reference", **options)
+
+
+@pytest.mark.parametrize("at", ["forward", "step"])
+def test_an_epoch_that_begins_between_the_passes_of_a_step(at):
+    model, opt = two_layers(GradFreeze("top-down"))
+    skip_dropped_layers(model, opt)
+    opt.set_epoch(0)
+    model(torch.ones(1, 4)).sum().backward()
+    assert model[0].weight.grad is None
+    opt.set_epoch(1)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="one mask for all passes of a step"):
+        opt.step() if at == "step" else model(torch.ones(1, 4))
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()) and opt.draw == 0
+    assert all(p.requires_grad for p in model.parameters())
+    opt.zero_grad()
+    model(torch.ones(1, 4)).sum().backward()
+    assert model[0].weight.grad is not None
+    opt.step()
+    assert opt.draw == 1
+
+
+def test_a_step_after_a_pass_without_backward_moves_nothing():
+    def trained(skip):
+        model, opt = two_layers(LayerGradDrop(0.5))
+        if skip:
+            skip_dropped_layers(model, opt)
+        for i in range(12):
+            loss = model(torch.ones(2, 4)).sum()
+            if i % 3 != 2:
+                loss.backward()
+            opt.step()
+            opt.zero_grad()
+        return model, opt
+
+    (model, opt), (plain, other) = trained(True), trained(False)
+    assert_same(model, plain, opt, other)
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["in the optimizer", "outside"])
+@pytest.mark.parametrize("effect", [None, "freeze"])
+def test_parameters_that_no_loss_depends_on_are_not_enough(effect, held):
+    """A loss without a graph has no backward: something must be on that the loss depends on."""
+
+    def trained(skip):
+        torch.manual_seed(0)
+        model = hf.BertModel(hf.BertConfig(**SIZES)).train()  # its pooler is not in last_hidden_state
+        groups = param_groups(model, drop=LayerGradDrop(0.5))
+        if not held:
+            groups = [g for g in groups if all("pooler" not in name for name, _ in g["params"])]
+        opt = GradDropAdamW(groups, lr=1e-3, effect=effect, seed=1, backend="reference")
+        if skip:
+            skip_dropped_layers(model, opt)
+        torch.manual_seed(2)
+        for ids in batches(24):
+            model(input_ids=ids).last_hidden_state.square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        return model
+
+    for p, q in zip(trained(True).parameters(), trained(False).parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_by_hand(reentrant):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
+            return x
+
+    def trained(skip):
+        torch.manual_seed(0)
+        model = Model()
+        groups = [{"params": list(b.named_parameters(str(i))), "layer": str(i)} for i, b in enumerate(model.blocks)]
+        opt = GradDropAdamW(groups, lr=1e-2, drop=LayerGradDrop(0.5), effect="freeze", seed=1, backend="reference")
+        if skip:
+            skip_dropped_layers(model, opt)
+        for _ in range(6):
+            model(torch.ones(2, 4, requires_grad=True)).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+        return model
+
+    if reentrant:
+        with pytest.raises(ValueError, match="reentrant activation checkpointing"):
+            trained(True)
+        return
+    for p, q in zip(trained(True).parameters(), trained(False).parameters(), strict=True):
+        assert torch.equal(p, q)
