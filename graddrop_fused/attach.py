@@ -66,15 +66,11 @@ class _Own:
     drop: Policy | None = None
     layer: str | None = None
     given: tuple[str, ...] = ()  # those that stood in the group itself
-    loaded: bool = False  # the group came with a checkpoint, whose entries are not what masks go by
 
     def with_entries(self) -> "_Own":
         """This, with what stands in the group; itself if that is nothing."""
         found = {name: self.group[name] for name in _OF_MASKS if name in self.group}
-        if not found and not self.loaded:
-            return self
-        taken = {} if self.loaded else found
-        return replace(self, **taken, given=tuple({*self.given, *taken}), loaded=False)
+        return replace(self, **found, given=tuple({*self.given, *found})) if found else self
 
 
 class MaskHandle:
@@ -95,7 +91,10 @@ class MaskHandle:
         self._key: list = []
         self._facts: Facts | None = None
         self._buckets: list[Bucket] = []
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
         setattr(optimizer, _HANDLE, self)
 
     @property
@@ -147,7 +146,8 @@ class MaskHandle:
         """Leave the optimizer as it was before attach(). Calling it again does nothing."""
         if getattr(self._optimizer, _HANDLE, None) is not self:
             return
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         delattr(self._optimizer, _HANDLE)
         for of in self._of_groups():
             of.group.update({name: getattr(of, name) for name in of.given if name not in of.group})
@@ -181,14 +181,16 @@ class MaskHandle:
         self._own = own
 
     def _of_groups(self) -> "list[_Own]":
-        """What is known of each of the optimizer's groups. A group is its dict; where all are new, they came with a
-        checkpoint, and a group is its place."""
-        groups = self._optimizer.param_groups
+        """What is known of each of the optimizer's groups. A group is its dict."""
         known = {id(of.group): of for of in self._own}
-        if known and not any(id(group) in known for group in groups):
-            places = zip(groups, self._own, strict=False)
-            known = {id(group): replace(of, group=group, loaded=True) for group, of in places}
-        return [known[id(g)] if id(g) in known else _Own(g, self._drop) for g in groups]
+        return [known.get(id(group)) or _Own(group, self._drop) for group in self._optimizer.param_groups]
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        """A checkpoint brings new dicts, in the places of the old ones; what stands in them is not what masks go by."""
+        for group in optimizer.param_groups:
+            for name in _OF_MASKS:
+                group.pop(name, None)
+        self._own = [replace(of, group=group) for of, group in zip(self._own, optimizer.param_groups, strict=False)]
 
     @staticmethod
     def _group(of: "_Own") -> Group:
@@ -326,13 +328,14 @@ def _within_its_step(optimizer: Optimizer, frame: FrameType | None) -> bool:
 
 
 def _check(groups: list[Group]) -> None:
-    for g, group in enumerate(groups):
+    for group in groups:
         validate.policy(policy_of(group), "gradient")
         validate.layer(group["layer"])
-        validate.listed_once([(None, p) for p in group["params"]], groups[:g])
+    validate.listed_once([(None, p) for group in groups for p in group["params"]], [])
     validate.all_groups(groups)
     for member in members(groups):
-        if policy_of(groups[member.group]) is not None and member.param.dtype not in validate.PARAM_DTYPES:
+        masked = policy_of(groups[member.group]) is not None and member.param.requires_grad
+        if masked and member.param.dtype not in validate.PARAM_DTYPES:
             raise ValueError(
                 f"parameter {member.called} must be float32, bfloat16, float16 or float64 to be masked, got "
                 f"{member.param.dtype}; give it a group with drop=None"

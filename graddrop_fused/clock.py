@@ -63,8 +63,8 @@ class Clock:
         """Raises TypeError or ValueError, naming the entry, on values that no clock can have."""
         clock = cls(state["seed"], state["steps_per_epoch"])
         check_int("draw", state["draw"], 0, WORD)
-        clock.draw = state["draw"]
+        clock.draw = int(state["draw"])
         if state["epoch"] is not None:
             check_int("epoch", state["epoch"], 0, WORD)
-            clock.epoch = state["epoch"]
+            clock.epoch = int(state["epoch"])
         return clock

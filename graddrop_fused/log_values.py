@@ -54,4 +54,4 @@ def _p_now(policy: Policy, draw: int, epoch: int | None) -> float | None:
     anneal = getattr(policy, "anneal", None)
     if anneal is None:
         return getattr(policy, "p", None)
-    return anneal.p(draw if anneal.by == "step" else epoch)
+    return float(anneal.p(draw if anneal.by == "step" else epoch))

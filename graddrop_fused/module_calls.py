@@ -63,10 +63,7 @@ class ModuleCalls:
                 call.install()
 
     def _without_grad(self) -> None:
-        frame: FrameType | None = sys._getframe()
-        while frame is not None and frame.f_code is not _REENTRANT:
-            frame = frame.f_back
-        if frame is not None:
+        if in_reentrant_checkpoint():
             self._in_reentrant_checkpoint()
 
     def _compiled(self, module: nn.Module) -> None:
@@ -75,6 +72,14 @@ class ModuleCalls:
 
 
 _REENTRANT = CheckpointFunction.forward.__code__
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Does torch.utils.checkpoint run what runs now, with use_reentrant=True and for the first time?"""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not _REENTRANT:
+        frame = frame.f_back
+    return frame is not None
 
 
 class StandIn:

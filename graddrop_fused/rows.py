@@ -19,7 +19,7 @@ from .masked import MaskedOptimizer
 from .module_calls import StandIn
 from .numbers import rows_at
 from .release import ReleasedGradients
-from .skip import unwrap
+from .skip import has_closure, unwrap
 from .training_loop import TrainingLoop
 
 HOST = torch.device("cpu")
@@ -105,12 +105,13 @@ class SkippedRows:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _before_any_step(self, optimizer: Optimizer, *_: object) -> None:
+    def _before_any_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         left_out = self._draws.left_out
         if not left_out or not self._loop.is_running():
             return
         if optimizer is self._optimizer:
-            self._draws.bring_up_to_date()
+            if not has_closure(args, kwargs):
+                self._draws.bring_up_to_date()
             return
         if any(id(p) in left_out for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(
@@ -263,10 +264,10 @@ class _Draws:
         clock, groups = self._optimizer._clock, self._optimizer.param_groups
         of_step = clock.seed, clock.draw, clock.epoch, *((g["drop"], g["effect"], len(g["params"])) for g in groups)
         if of_step != self._of_step:
-            before = self._drawn_with
+            before = self._rows
             self._draw()
             self._of_step = of_step
-            if self._drawn_with != before and self._has_gradients():
+            if any(self._lacks(weight, before) for weight in self._weights):
                 self.left_out.clear()
                 raise RuntimeError(
                     "skip_dropped_rows needs one mask for all passes of a step, and the masks changed between them: "
@@ -274,9 +275,12 @@ class _Draws:
                     "between optimizer.step() and the next backward pass; zero_grad() leaves these gradients behind"
                 )
 
-    def _has_gradients(self) -> bool:
-        grads = [p.grad for p in self._weights if id(p) in self.left_out]
-        return any(grad is not None and bool(grad.any()) for grad in grads)
+    def _lacks(self, weight: Tensor, before: dict[int, Tensor | None]) -> bool:
+        """Has ``weight`` a gradient without rows that are kept now?"""
+        if id(weight) not in self.left_out or weight.grad is None or not weight.grad.any():
+            return False
+        then, now = before.get(id(weight)), self._rows.get(id(weight))
+        return then is not None and (now is None or not bool(_are_in(now, then).all()))
 
     def _draw(self) -> None:
         clock, groups = self._optimizer._clock, self._optimizer.param_groups

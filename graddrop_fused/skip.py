@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+import weakref
 from types import FrameType
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from .contract import Effect
 from .groups import effect_of, is_layerwise, shown_policies
 from .masked import MaskedOptimizer
-from .module_calls import ModuleCalls
+from .module_calls import ModuleCalls, in_reentrant_checkpoint
 from .shards import local
 
 # Before torch 2.12 a graph that was compiled while a parameter was off goes on to serve when it is on again, and gives
@@ -58,6 +59,11 @@ def skip_dropped_layers(model: nn.Module, optimizer: Optimizer) -> "SkippedLayer
     return SkippedLayers(model, unwrap(optimizer))
 
 
+def has_closure(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Of a step's arguments, as hooks are given them: the optimizer itself comes first."""
+    return kwargs.get("closure", args[1] if len(args) > 1 else None) is not None
+
+
 def unwrap(optimizer: Optimizer) -> MaskedOptimizer:
     """The masked optimizer inside Accelerate's and Lightning's wrappers. Raises TypeError if there is none."""
     inner: Any = optimizer
@@ -100,7 +106,9 @@ class SkippedLayers:
             )
         self._participation = _Participation(model)
         self._decided: set[Tensor] = set()  # what the coming step's passes switch off
-        self._dropped: set[Tensor] = set()  # what the masks dropped when that was decided
+        self._of_step: tuple = ()
+        self._dropped: set[Tensor] = set()  # what the masks of `_of_step` drop
+        self._stale: list[weakref.ref] = []  # gradients of passes that left out what is not dropped any more
         self._off: list[Tensor] = []  # what is switched off at this moment
         self._unreached: set[Tensor] = set()  # those that were on in a step and got no gradient
         self._all_stays_on = False  # a compiled graph would not notice
@@ -127,14 +135,18 @@ class SkippedLayers:
         self.remove()
 
     def _before_call(self, module: nn.Module) -> bool:
-        if not (module.training and torch.is_grad_enabled()) or not self._is_in_its_loop():
+        if not module.training or not self._is_in_its_loop():
+            return False
+        if not torch.is_grad_enabled():
+            if in_reentrant_checkpoint():
+                raise ValueError(_REENTRANT)
             return False
         if torch._C._current_graph_task_id() == -1:  # else a block is computed again during backward: as it was
             self._check_checkpointing()
             self._calls.renew()
             if not self._all_stays_on:
                 off = self._skippable()
-                self._check_same_masks()
+                self._stale += self._gradients_without_what_is_kept()
                 self._decide(off)
         for param in () if self._all_stays_on else self._decided:
             if param.requires_grad:
@@ -173,11 +185,28 @@ class SkippedLayers:
             self._optimizer._switched_off -= {id(p) for p in self._decided}
             self._decided = off
 
+    def _dropped_now(self, draw: int) -> set[Tensor]:
+        optimizer = self._optimizer
+        groups = [(g["drop"], g["effect"], g.get("layer"), len(g["params"])) for g in optimizer.param_groups]
+        of_step = optimizer.seed, draw, optimizer._clock.epoch, groups
+        if of_step != self._of_step:
+            self._of_step, self._dropped = of_step, self._params.intersection(optimizer.dropped_layers())
+        return self._dropped
+
+    def _gradients_without_what_is_kept(self) -> list[weakref.ref]:
+        """Those that are there already, if their passes left out what the masks of now do not drop."""
+        known = self._optimizer._switched_off
+        if not any(id(p) in known for p in self._decided - self._dropped):
+            return []
+        return [weakref.ref(p.grad) for p in self._params if p.grad is not None and local(p.grad).any()]
+
     def _check_same_masks(self) -> None:
-        """Raises RuntimeError if gradients are there already whose passes left out what other masks drop."""
-        dropped = self._params.intersection(self._optimizer.dropped_layers())
-        left_out, before, self._dropped = self._optimizer._switched_off & _ids(self._decided), self._dropped, dropped
-        if left_out and dropped != before and any(p.grad is not None and local(p.grad).any() for p in self._params):
+        """Raises RuntimeError if gradients are there whose passes left out what is not dropped any more."""
+        self._dropped_now(self._optimizer._clock.draw)  # not read from a device: no step was taken since the passes
+        self._stale += self._gradients_without_what_is_kept()
+        grads = {id(p.grad) for p in self._params if p.grad is not None}
+        stale, self._stale = self._stale, []
+        if any(id(grad) in grads for ref in stale if (grad := ref()) is not None):
             self._decide(set())
             raise RuntimeError(
                 "skip_dropped_layers needs one mask for all passes of a step, and the masks changed between them: "
@@ -187,13 +216,13 @@ class SkippedLayers:
 
     def _skippable(self) -> set[Tensor]:
         groups = self._optimizer.param_groups
-        dropped = self._params.intersection(self._optimizer.dropped_layers())
+        dropped = self._dropped_now(self._optimizer.draw)
         self._frozen = {p for g in groups if effect_of(g) == Effect.FREEZE for p in g["params"]}
         needed = {p for g in groups if effect_of(g) == Effect.UPDATE for p in g["params"]}
         off = {p for p in dropped - needed if p in self._frozen or self._participation.known(p)}
         # what is left must be reached, as far as steps have shown: models have parameters that no loss depends on
         if not any(p.requires_grad for p in self._params - off - self._unreached):
-            off -= _last_layer(groups, off)
+            off -= _last_layer(groups, {p for p in off - self._unreached if p.requires_grad})
         return off
 
     def _after_step(self) -> None:
@@ -206,12 +235,15 @@ class SkippedLayers:
         self._calls.ran.clear()
         self._calls.renew()
         self._decide(set())
+        self._stale = []
 
-    def _before_any_step(self, optimizer: Optimizer, *_: object) -> None:
+    def _before_any_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         known = self._optimizer._switched_off
-        if not self._decided or not self._is_in_its_loop():
+        if not (self._decided or self._stale) or not self._is_in_its_loop():
             return
         if optimizer is self._optimizer:
+            if has_closure(args, kwargs):  # it may run backward, and clear gradients before
+                return
             if self._optimizer._inside_backward is None and all(p.grad is None for p in self._params):
                 self._decide(set())  # no backward pass was, and nothing is missing
             self._check_same_masks()
@@ -246,10 +278,6 @@ _REENTRANT = (
     "model must not use reentrant activation checkpointing with skip_dropped_layers: behind a switched-off layer it "
     "loses all gradients. Set use_reentrant=False, for transformers in its checkpointing kwargs"
 )
-
-
-def _ids(params: set[Tensor]) -> set[int]:
-    return {id(p) for p in params}
 
 
 class _Participation:

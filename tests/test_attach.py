@@ -143,12 +143,19 @@ def test_policies_stay_with_their_groups():
     opt.load_state_dict({**plain, "param_groups": [{**g, "drop": "of another"} for g in plain["param_groups"]]})
     assert kept(opt, handle, params) == [0.9, 0.7, 0.5]
     assert [state["p"] for state in handle.state_dict()["policies"]] == [0.3, 0.1, 0.5]
+    opt.load_state_dict(opt.state_dict())
     del opt.param_groups[0]
     assert kept(opt, handle, [p, r]) == [0.9, 0.5]
+    opt.load_state_dict(opt.state_dict())
     opt.param_groups[1]["drop"] = None
     assert kept(opt, handle, [p, r]) == [0.9, 1.0]
+    opt.param_groups.clear()
+    opt.add_param_group({"params": [q], "drop": GradDrop(0.2)})
+    assert kept(opt, handle, [q]) == [0.8]
     handle.remove()
-    assert [group["drop"] for group in opt.param_groups] == [GradDrop(0.1), None]
+    assert [group["drop"] for group in opt.param_groups] == [GradDrop(0.2)]
+    opt.load_state_dict(opt.state_dict())
+    assert opt.param_groups[0]["drop"] == GradDrop(0.2)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +196,7 @@ def test_what_attach_refuses():
         attach(twice, GradDrop(0.5))
     with pytest.raises(ValueError, match=r"parameter \(0, 1\) must be float32.*got torch.complex64"):
         attach(torch.optim.SGD([p, z], lr=1.0), GradDrop(0.5))
+    attach(torch.optim.SGD([p, nn.Parameter(torch.ones(4, dtype=torch.uint8), requires_grad=False)]), GradDrop(0.5))
     with pytest.raises(TypeError, match="layer must be a layer's name"):
         attach(torch.optim.SGD([{"params": [p], "layer": 1.5}], lr=1.0), GradDrop(0.5))
     opt = torch.optim.SGD([p], lr=1.0)

@@ -539,7 +539,10 @@ def test_numpy_s_numbers_are_python_s(kind):
         torch.testing.assert_close(p, q, rtol=2e-3 if kind == "float16" else 1e-6, atol=0)  # numpy's lr is rounded
         assert torch.equal(optimizer.keep_mask(p), other.keep_mask(q))
     assert repr(optimizer.param_groups[0]["drop"]) == repr(other.param_groups[0]["drop"])
-    assert [type(n) for n in (optimizer.seed, optimizer.epoch)] == [int, int]
+    saved = optimizer.state_dict()
+    saved["param_groups"][0].update(draw=numpy.int64(4), epoch=numpy.int64(1))
+    optimizer.load_state_dict(saved)
+    assert [type(n) for n in (optimizer.seed, optimizer.epoch, optimizer.draw)] == [int, int, int]
 
 
 def test_step_counts_in_shared_memory_become_private():

@@ -521,5 +521,15 @@ def test_an_epoch_that_begins_between_the_passes_of_a_step(at):
     optimizer.zero_grad()
     optimizer.set_epoch(2)  # between a step and the next pass, as it should be
     model(torch.ones(1, 4)).sum().backward()
-    optimizer.step()
+    optimizer.set_epoch(3)
+
+    def closure():
+        optimizer.zero_grad()
+        model(torch.ones(1, 4)).sum().backward()
+
+    optimizer.step(closure)
+    optimizer.zero_grad()
     assert optimizer.draw == 2
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert optimizer.draw == 3

@@ -742,8 +742,8 @@ def two_layers(drop, **options):
     return model, GradDropAdamW(groups, lr=1e-2, drop=drop, seed=3, backend="reference", **options)
 
 
-@pytest.mark.parametrize("at", ["forward", "step"])
-def test_an_epoch_that_begins_between_the_passes_of_a_step(at):
+@pytest.mark.parametrize("again", [True, False], ids=["with passes of both epochs", "with none of the new one"])
+def test_an_epoch_that_begins_between_the_passes_of_a_step(again):
     model, opt = two_layers(GradFreeze("top-down"))
     skip_dropped_layers(model, opt)
     opt.set_epoch(0)
@@ -751,8 +751,10 @@ def test_an_epoch_that_begins_between_the_passes_of_a_step(at):
     assert model[0].weight.grad is None
     opt.set_epoch(1)
     before = copy.deepcopy(model.state_dict())
+    if again:
+        model(torch.ones(1, 4)).sum().backward()
     with pytest.raises(RuntimeError, match="one mask for all passes of a step"):
-        opt.step() if at == "step" else model(torch.ones(1, 4))
+        opt.step()
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()) and opt.draw == 0
     assert all(p.requires_grad for p in model.parameters())
     opt.zero_grad()
@@ -760,6 +762,77 @@ def test_an_epoch_that_begins_between_the_passes_of_a_step(at):
     assert model[0].weight.grad is not None
     opt.step()
     assert opt.draw == 1
+
+
+def deep(drop, skip, **options):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(4)], torch.nn.Linear(4, 1))
+    groups = [{"params": list(model[i].parameters()), "layer": str(i), "drop": drop, **options} for i in range(4)]
+    opt = GradDropAdamW([*groups, {"params": list(model[4].parameters())}], lr=1e-2, seed=3, backend="reference")
+    if skip:
+        skip_dropped_layers(model, opt)
+    return model, opt
+
+
+def backward_in_closure(model, opt, x):
+    for _ in range(8):
+        loss = model(x).square().mean()
+        opt.step(loss.backward)
+        opt.zero_grad()
+
+
+def last_pass_not_stepped(model, opt, x):
+    for epoch in range(8):
+        opt.set_epoch(epoch)
+        for batch in range(3):
+            loss = model(x).sum()
+            opt.zero_grad()
+            loss.backward()
+            if batch < 2:
+                opt.step()
+
+
+def interrupted_closures(model, opt, x):
+    def closure(interrupt):
+        opt.zero_grad()
+        model(x).square().sum().backward()
+        if interrupt:
+            raise InterruptedError
+
+    for epoch in range(8):
+        opt.set_epoch(epoch)
+        for batch in range(3):
+            try:
+                opt.step(partial(closure, batch == 2))
+            except InterruptedError:
+                pass
+
+
+@pytest.mark.parametrize("loop", [backward_in_closure, last_pass_not_stepped, interrupted_closures])
+def test_untidy_loops(loop):
+    models = []
+    for skip in (True, False):
+        model, opt = deep(LayerGradDrop(0.5, per="epoch"), skip)
+        opt.set_epoch(0)
+        loop(model, opt, torch.ones(3, 4))
+        models.append((model, opt))
+    (model, opt), (plain, other) = models
+    assert_same(model, plain, opt, other)
+
+
+def test_a_last_layer_that_the_user_froze_keeps_no_graph():
+    ends = []
+    for skip in (True, False):
+        model, opt = deep(LayerGradDrop(0.6), skip, effect="freeze")
+        model[4].requires_grad_(False)
+        model[3].requires_grad_(False)
+        for _ in range(12):
+            model(torch.ones(3, 4)).sum().backward()
+            opt.step()
+            opt.zero_grad()
+        ends.append(model)
+    for p, q in zip(ends[0].parameters(), ends[1].parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_a_step_after_a_pass_without_backward_moves_nothing():
@@ -804,8 +877,9 @@ def test_parameters_that_no_loss_depends_on_are_not_enough(effect, held):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["in the model", "part by part"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_by_hand(reentrant):
+def test_checkpointing_by_hand(reentrant, whole):
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -823,8 +897,9 @@ def test_checkpointing_by_hand(reentrant):
         opt = GradDropAdamW(groups, lr=1e-2, drop=LayerGradDrop(0.5), effect="freeze", seed=1, backend="reference")
         if skip:
             skip_dropped_layers(model, opt)
+        call = model if whole else model.forward  # as a LightningModule's training_step calls its parts
         for _ in range(6):
-            model(torch.ones(2, 4, requires_grad=True)).square().sum().backward()
+            call(torch.ones(2, 4, requires_grad=True)).square().sum().backward()
             opt.step()
             opt.zero_grad()
         return model
