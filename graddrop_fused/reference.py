@@ -62,6 +62,9 @@ def _update_runs(batch: Batch, runs: Runs, rule: Rule, i: int, seed: int, inv_gr
     writes = []
     for kind in range(int(alike.max()) + 1 if len(alike) else 0):
         these = (alike == kind).nonzero().reshape(-1) + rows.start
+        mask, effect, *_ = batch.integers[these[0]].tolist()
+        if mask == Mask.DROP and effect == Effect.FREEZE:  # left alone, and fit for backward passes yet to come
+            continue
         lengths = runs.lengths[these]
         places = elements(runs.starts[these], lengths).to(param.device)
         at = places if contiguous else torch.unravel_index(places, param.shape)

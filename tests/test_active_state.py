@@ -776,3 +776,20 @@ def test_a_table_of_runs_of_the_parameter_s_own_shape_is_loaded(rows):
             for name, value in optimizer.state.get(p, {}).items():
                 assert torch.equal(other.state[q][name], value)
     assert rows > 2 or (rows, 3) in seen or (1, 3) in seen
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_what_a_step_leaves_alone_keeps_its_version(backend):
+    params = {name: nn.Parameter(torch.ones(5, 7)) for name in "ab"}
+    drop = GradDropEpoch(0.5, block="row", replacement=True)
+    options = {"active_state": True, "effect": "freeze", "steps_per_epoch": 9, "seed": 3}
+    optimizer = GradDropAdamW(params.items(), drop=drop, backend=backend, **options)
+    for step in range(3):
+        params["a"].grad = torch.ones(5, 7)
+        params["b"].grad = None if step else torch.ones(5, 7)
+        tensors = {n: [p, *(t for k, t in optimizer.state.get(p, {}).items() if "exp" in k)] for n, p in params.items()}
+        versions = {name: [t._version for t in of] for name, of in tensors.items()}
+        optimizer.step()
+        if step:
+            assert [t._version for t in tensors["b"]] == versions["b"]
+            assert all(new > old for new, old in zip([t._version for t in tensors["a"]], versions["a"], strict=True))
