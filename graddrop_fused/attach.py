@@ -298,8 +298,7 @@ class MaskHandle:
 
 def _innermost(optimizer: Any) -> Optimizer:
     """The torch optimizer inside wrappers such as Accelerate's, if masks can be attached to it."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
+    optimizer = inside_wrappers(optimizer)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer)}")
     if isinstance(optimizer, MaskedOptimizer):
@@ -310,6 +309,13 @@ def _innermost(optimizer: Any) -> Optimizer:
             "handle's remove() first"
         )
     return optimizer
+
+
+def inside_wrappers(source: Any) -> Any:
+    """What stands inside wrappers of optimizers such as Accelerate's; ``source`` itself if it is none."""
+    while isinstance(getattr(source, "optimizer", None), Optimizer):
+        source = source.optimizer
+    return source
 
 
 def handle_of(optimizer: Optimizer) -> MaskHandle | None:

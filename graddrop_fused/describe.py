@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch.optim import Optimizer
 
 from .active_share import active_share, tensors
-from .attach import handle_of
+from .attach import handle_of, inside_wrappers
 from .masked import MaskedOptimizer
 from .numbers import row_at
 from .policies import Policy, StaticMask
@@ -90,9 +90,7 @@ def describe(source: Optimizer | Sequence[Group] | Any) -> Description:
 
 def _innermost(source: Any) -> Any:
     """The masked optimizer, or the handle of attach(), inside wrappers such as Accelerate's."""
-    inner = source
-    while isinstance(getattr(inner, "optimizer", None), Optimizer):
-        inner = inner.optimizer
+    inner = inside_wrappers(source)
     if not isinstance(inner, Optimizer) or isinstance(inner, MaskedOptimizer):
         return inner
     handle = handle_of(inner)

@@ -191,8 +191,7 @@ class MaskedOptimizer(Optimizer):
             bucket.batch.done = 0
         launches, seed = [], self._clock.seed
         for bucket in plan.buckets:
-            scale = None if grad_scale is None else grad_scale.to(bucket.device)
-            inf = None if found_inf is None else found_inf.to(bucket.device)
+            scale, inf = _to(grad_scale, bucket.device), _to(found_inf, bucket.device)
             launches.append(
                 bucket.backend.prepare(bucket.batch, bucket.rule, seed=seed, grad_scale=scale, found_inf=inf)
             )

@@ -49,9 +49,7 @@ class HostNumbers:
         self.followers = [policy for policy in self.policies if policy is not None and policy.needs_epoch]
         self._moves = [_UNMOVED if p is None else (p.index(layers.count), p.draw(layers.count)) for p in self.policies]
         self._rows: list[dict[int, Row]] = [{} for _ in groups]  # by index
-        self._freezes = [
-            is_layerwise(group) and effect == Effect.FREEZE for group, effect in zip(groups, self.effects, strict=True)
-        ]
+        self._freezes = _freeze_layers(groups, self.effects)
 
     def at(self, clock: Clock, draw: int) -> list[tuple[Row, int]]:
         """Each group's policy row and counter word 2 for step ``draw``. Raises RuntimeError if an epoch is not known.
@@ -99,6 +97,11 @@ def rows_at(groups: Sequence[Mapping[str, Any]], layers: Layers, clock: Clock, d
     return HostNumbers(groups, layers).at(clock, draw)
 
 
+def _freeze_layers(groups: Sequence[Mapping[str, Any]], effects: Sequence[Effect]) -> list[bool]:
+    """Which groups freeze whole layers: whether one does in a step is decided before the step."""
+    return [is_layerwise(group) and effect == Effect.FREEZE for group, effect in zip(groups, effects, strict=True)]
+
+
 def decided(row: Row, word: int, seed: int, stream_id: int) -> Row:
     """A layer mask's row once its layer is drawn: kept, with its rescale, or dropped."""
     random = mask_stream.layer_random(seed=seed, draw=word, stream_id=stream_id)
@@ -133,7 +136,7 @@ class DeviceNumbers:
         self.holds = tensor([draw.holds for _, draw in moves])
         self.drawn_by_step = tensor([draw.by == "step" for _, draw in moves], torch.bool)
         self.drawn_by_epoch = tensor([draw.by == "epoch" for _, draw in moves], torch.bool)
-        frozen = [is_layerwise(g) and e == Effect.FREEZE for g, e in zip(groups, effects, strict=True)]
+        frozen = _freeze_layers(groups, effects)
         self.decide = tensor(frozen, torch.bool) if any(frozen) else None
         self.layer_ids = tensor([layers.stream_ids[layer] for layer in layers.of_group])
         reach = [_reach(p, rows[f : f + i.length]) for p, f, (i, _) in zip(policies, first, moves, strict=True)]

@@ -50,7 +50,8 @@ def skip_dropped_rows(model: nn.Module, optimizer: Optimizer) -> "SkippedRows":
         TypeError: on another optimizer. ValueError: if no group has a policy with ``block="row"``; if one that has is
             capturable or of effect="update", whose moments take the unmasked gradient; if none of the model's
             modules can do with fewer rows; if the model is a DataParallel. RuntimeError: from the step of another
-            optimizer, if rows of its parameters' gradients were left out.
+            optimizer, if rows of its parameters' gradients were left out; from backward or a step, if gradients are
+            there that were made under other masks.
     """
     return SkippedRows(model, unwrap(optimizer))
 
