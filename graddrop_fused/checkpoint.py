@@ -189,7 +189,8 @@ def _entry(index: Any, entry: Any, param: Tensor, rule: Rule, active_state: bool
                 "moments for active elements only: construct this one with active_state=True, got False"
             )
         expected.add(compact.ACTIVE)
-    for problem, names in (("lacks", expected - set(entry)), ("has an extra", set(entry) - expected)):
+    extra = set(entry) - expected - set(rule.all_states)
+    for problem, names in (("lacks", expected - set(entry)), ("has an extra", extra)):
         if names:
             raise ValueError(
                 f"the checkpoint's state of parameter {index!r} {problem} entry {sorted(map(str, names))[0]!r}; "
@@ -199,8 +200,9 @@ def _entry(index: Any, entry: Any, param: Tensor, rule: Rule, active_state: bool
         compact.check_saved(lambda name: f"the checkpoint's {name} of parameter {index!r}", entry, param, rule)
         return entry
     state.check_step(f"the checkpoint's step of parameter {index!r}", entry["step"])
-    for name in rule.states:
-        state.check_tensor(f"the checkpoint's {name} of parameter {index!r}", entry[name], param)
+    for name in rule.all_states:
+        if name in entry:
+            state.check_tensor(f"the checkpoint's {name} of parameter {index!r}", entry[name], param)
     if counts is not None:
         state.check_block_steps(f"the checkpoint's {block_steps.NAME} of parameter {index!r}", counts, param)
         entry[block_steps.NAME] = counts

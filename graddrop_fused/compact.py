@@ -339,7 +339,7 @@ def check(what: Callable[[str], str], entry: Mapping[str, Any], param: Tensor, r
     if len(active) and not 0 <= kinds.min() <= kinds.max() < len(steps):
         raise ValueError(f"{what(ACTIVE)} must refer to the {len(steps)} counts of its step")
     size = int(lengths.sum())
-    for name in rule.states:
+    for name in rule.all_states:
         value = entry.get(name)
         if name in entry and not (isinstance(value, Tensor) and value.shape == (size,) and _is_dense(value)):
             raise ValueError(
@@ -372,8 +372,9 @@ def check_saved(what: Callable[[str], str], entry: Mapping[str, Any], param: Ten
         check(what, entry, param, rule)
         return
     state.check_step(what("step"), entry["step"])
-    for name in rule.states:
-        state.check_tensor(what(name), entry[name], param)
+    for name in rule.all_states:
+        if name in entry:
+            state.check_tensor(what(name), entry[name], param)
     counts = entry[ACTIVE]
     integers = counts.dtype in (torch.int32, torch.int64) and counts.layout is torch.strided and not counts.is_meta
     if not integers or is_dtensor(counts) and not is_dtensor(param) or bool((local(counts) < 0).any()):
@@ -413,16 +414,16 @@ def restored(param: Tensor, saved: Mapping[str, Any], rule: Rule, dtype: torch.d
     """State from a checkpoint, of any form. Copies."""
     if not is_compact(saved):
         return state.restored(param, saved, rule, dtype)
-    device = local(param).device
+    device, names = local(param).device, [name for name in rule.all_states if name in saved]
     if not is_expanded(saved, param):
         entry: Entry = {
             "step": saved["step"].to(HOST, torch.float32, copy=True),
             ACTIVE: saved[ACTIVE].to(HOST, copy=True),
         }
-        return entry | {name: saved[name].to(device, dtype, copy=True) for name in rule.states}
+        return entry | {name: saved[name].to(device, dtype, copy=True) for name in names}
     active, counts = runs_of(_part(param, saved[ACTIVE]).to(HOST))
     places = elements(active[:, 0], active[:, 1]).to(device)
-    packed = {name: _part(param, saved[name]).to(device)[places].to(dtype) for name in rule.states}
+    packed = {name: _part(param, saved[name]).to(device)[places].to(dtype) for name in names}
     return {"step": counts, ACTIVE: active, **packed}
 
 

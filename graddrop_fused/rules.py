@@ -27,11 +27,12 @@ class Rule:
     name: ClassVar[str]  # of the kernels' function
     factor_names: ClassVar[tuple[str, ...]] = ()  # of what `factors` returns, at most contract.MAX_FACTORS
     steps_may_be_unknown: ClassVar[bool] = False  # others' optimizers of this rule keep no count of steps
+    all_states: ClassVar[tuple[str, ...]] = ()  # of any settings: what is turned off leaves its state behind
 
     @property
     def states(self) -> tuple[str, ...]:
         """Names of its state in optimizer.state, in the kernels' order."""
-        return ()
+        return self.all_states
 
     @property
     def counts(self) -> bool:
@@ -84,10 +85,11 @@ class AdamW(Rule):
     amsgrad: bool = False
     name: ClassVar[str] = "adamw"
     factor_names: ClassVar[tuple[str, ...]] = ("decay", "step", "one_minus_beta1", "beta2", "one_minus_beta2", "eps")
+    all_states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     @property
     def states(self) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if self.amsgrad else 2]
+        return self.all_states[: 3 if self.amsgrad else 2]
 
     @property
     def counts(self) -> bool:
@@ -138,10 +140,11 @@ class SGD(Rule):
     name: ClassVar[str] = "sgd"
     steps_may_be_unknown: ClassVar[bool] = True
     factor_names: ClassVar[tuple[str, ...]] = ("weight_decay", "momentum", "taken", "grad_step", "buffer_step")
+    all_states: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
     @property
     def states(self) -> tuple[str, ...]:
-        return ("momentum_buffer",) if self.momentum else ()
+        return self.all_states if self.momentum else ()
 
     @property
     def counts(self) -> bool:
@@ -192,10 +195,7 @@ class Lion(Rule):
     name: ClassVar[str] = "lion"
     steps_may_be_unknown: ClassVar[bool] = True
     factor_names: ClassVar[tuple[str, ...]] = ("decay", "step", "one_minus_beta1", "one_minus_beta2")
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        return ("exp_avg",)
+    all_states: ClassVar[tuple[str, ...]] = ("exp_avg",)
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:

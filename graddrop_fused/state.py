@@ -134,7 +134,7 @@ def restored(param: Tensor, saved: Mapping[str, Any], rule: Rule, dtype: torch.d
     what a checkpoint shares with another optimizer or process stays theirs.
     """
     entry: Entry = {"step": torch.as_tensor(saved["step"], device="cpu").to(torch.float32, copy=True).reshape(())}
-    for name in rule.states:
+    for name in rule.all_states:
         if name in saved:
             entry[name] = like(param, dtype).copy_(saved[name])
     if block_steps.NAME in saved:

@@ -9,7 +9,7 @@ from named_parameters import SHAPES, give_gradients, parameters
 from policy_cases import BACKENDS, CASES, PER_EPOCH, build, gradients
 from torch import nn
 
-from graddrop_fused import GradDrop, GradDropAdamW, StaticMask
+from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, GradDropSGD, StaticMask
 
 
 def train(params, opt, start, stop, tell=True):
@@ -107,6 +107,33 @@ def test_checkpoints_go_both_ways_with_torch(named):
         from_theirs.step()
     for name in SHAPES:
         torch.testing.assert_close(ours[name], theirs[name], rtol=2e-5, atol=2e-6)
+
+
+OPTIONS = {"amsgrad": (GradDropAdamW, torch.optim.AdamW, True), "momentum": (GradDropSGD, torch.optim.SGD, 0.9)}
+
+
+@pytest.mark.parametrize("active_state", [False, True])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_that_is_off_when_it_is_saved_and_on_again_later(option, active_state):
+    ours, theirs, on = OPTIONS[option]
+    rows = {"drop": GradDropEpoch(0.5, block="row"), "steps_per_epoch": 9, "effect": "freeze", "active_state": True}
+
+    def run(optimizer, params, steps):
+        for step in steps:
+            optimizer.param_groups[0][option] = type(on)(0) if step == 1 else on
+            give_gradients(params, step)
+            optimizer.step()
+        return optimizer.state_dict()
+
+    others = rows if active_state else {}
+    whole, params, torchs = parameters(), parameters(), parameters()
+    run(ours(whole.items(), **others), whole, range(3))
+    saved = run(ours(params.items(), **others), params, range(2))
+    resumed = ours(params.items(), **others)
+    resumed.load_state_dict(copy.deepcopy(saved))
+    run(resumed, params, [2])
+    assert all(torch.equal(params[name], whole[name]) for name in SHAPES)
+    resumed.load_state_dict(run(theirs(torchs.items()), torchs, range(2)))
 
 
 def test_moments_of_another_dtype_survive_loading():
