@@ -25,7 +25,7 @@ from .contract import Effect, Integer, Mask, Real, Runs, Shard
 from .groups import Group, Member, block_of, effect_of, policy_of
 from .policies import Row
 from .rules import Rule
-from .runs import HOST, Asked, Carried, carry, copy_runs, elements, kept_runs, no_runs, runs_of
+from .runs import HOST, Asked, Carried, carry, copy_runs, elements, kept_runs, no_counts, no_runs, runs_of
 from .shards import is_dtensor, like, local
 from .state import Entry
 from .tables import GroupStep, HostTables, Kind
@@ -170,7 +170,7 @@ def _renew(entries: dict[Tensor, Entry], change: _Change, rule: Rule, dtype: tor
     if not old:
         # What ends need not exist beside the new state. Its entry stays, so that all ranks have them in one order.
         empty = torch.empty(0, dtype=dtype, device=device)
-        steps = torch.empty(0, device=HOST)
+        steps = no_counts()
         entries[param] = {"step": steps, ACTIVE: no_runs(), **{name: empty.clone() for name in rule.states}}
         entry = {}
     size = int(carried.active[:, 1].sum())
@@ -188,7 +188,7 @@ def _freeze(entries: dict[Tensor, Entry], param: Tensor, rule: Rule, dtype: torc
         entries.pop(param, None)
     elif not _is_frozen(entries.get(param, {})):
         empty = torch.empty(0, dtype=dtype, device=param.device)
-        entries[param] = {"step": torch.empty(0, device=HOST), **{name: empty.clone() for name in rule.states}}
+        entries[param] = {"step": no_counts(), **{name: empty.clone() for name in rule.states}}
 
 
 def _is_frozen(entry: Mapping[str, Any]) -> bool:
@@ -200,7 +200,7 @@ def _runs_in(
 ) -> tuple[Tensor, Tensor, Callable[[], Mapping[str, Tensor]]]:
     """The active runs of any state, their step counts, and what gives the rule's states as 1-D tensors."""
     if not entry or _is_frozen(entry):
-        return no_runs(), torch.zeros(0, device=HOST), dict
+        return no_runs(), no_counts(), dict
     if is_compact(entry):
         return entry[ACTIVE], entry["step"], lambda: entry
 
@@ -393,11 +393,11 @@ def expanded(entry: Entry, param: Tensor, draw: int) -> Entry:
     """
     if _is_frozen(entry):
         zeros = {name: like(param, t.dtype).zero_() for name, t in entry.items() if name != "step"}
-        return {"step": torch.tensor(0.0, device=HOST), **zeros}
+        return {"step": torch.tensor(0.0, dtype=torch.float32, device=HOST), **zeros}
     if not is_compact(entry):
         return entry
     starts, lengths, kinds = entry[ACTIVE].unbind(1)
-    found: Entry = {"step": torch.tensor(float(draw), device=HOST)}
+    found: Entry = {"step": torch.tensor(draw, dtype=torch.float32, device=HOST)}
     packed = {name: t for name, t in entry.items() if name not in ("step", ACTIVE)}
     counts = entry["step"].int()[kinds].repeat_interleave(lengths)
     for name, values in {ACTIVE: counts, **packed}.items():

@@ -34,6 +34,10 @@ def no_runs() -> Tensor:
     return torch.zeros(0, 3, dtype=torch.int64, device=HOST)
 
 
+def no_counts() -> Tensor:
+    return torch.zeros(0, dtype=torch.float32, device=HOST)
+
+
 class Asked(NamedTuple):
     """A tensor, and the mask whose runs are asked for."""
 

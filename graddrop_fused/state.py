@@ -85,7 +85,7 @@ def complete(entry: Mapping[str, Any], param: Tensor, rule: Rule, dtype: torch.d
 
     ``blocks``: how many have a count of their own. Where the entry has another number of counts, all begin at its step.
     """
-    found: Entry = {} if "step" in entry else {"step": torch.tensor(0.0, device="cpu")}
+    found: Entry = {} if "step" in entry else {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
     counts = entry.get(block_steps.NAME)
     if blocks and (counts is None or len(counts) != blocks):
         found[block_steps.NAME] = block_steps.initial(entry.get("step", 0), blocks, local(param).device)

@@ -406,6 +406,19 @@ def test_another_policy_in_the_middle():
         opt.step()
 
 
+@pytest.mark.parametrize("policy", ["toggle", "accumulate", "GradFreeze", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_changes_nothing(dtype, policy):
+    params, truth = named(dtype=torch.float32), named(dtype=torch.float32)
+    run(optimizer(RULES["AdamW"][0], truth, POLICIES[policy]), truth, range(8))
+    torch.set_default_dtype(dtype)
+    try:
+        run(optimizer(RULES["AdamW"][0], params, POLICIES[policy]), params, range(8))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(params[name], truth[name]) for name in params)
+
+
 # Checkpoints and copies
 
 
