@@ -113,7 +113,8 @@ def turn_over(
             entries.pop(param, None)
             continue
         _renew(entries, change, rules[group], dtype_of(param))
-        if not has_blocks(groups[group]):
+        # whether a DTensor's is whole may differ between ranks, and all of them must have state of one form
+        if not has_blocks(groups[group]) and not is_dtensor(param):
             entries[param] = _ordinary(entries[param], param)
 
 

@@ -7,7 +7,10 @@ import sharded_transformer
 import torch
 import torch.distributed.checkpoint as dcp
 from test_distributed import follow, local, placed_index
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from graddrop_fused import GradDropAdamW, GradDropEpoch, GradFreeze, LayerGradDrop
 
@@ -71,6 +74,30 @@ def one_rank(rank, world, sharding, file):
         for name, p in model.named_parameters():
             assert torch.equal(local(p), params[name].flatten()[index[name]]), (key, name)
             assert held[name].numel() == masks[name].sum(), (key, name)
+
+
+def test_a_policy_that_ends_leaves_all_ranks_with_state_of_one_form():
+    ranks.run(rows_until_the_policy_ends, 2)
+
+
+def rows_until_the_policy_ends(rank, world):
+    """Each rank has one of two rows, which has been active for three steps or, under some seeds, for the last alone."""
+    seen = set()
+    for seed in range(8):
+        model = nn.Linear(3, 2, bias=False)
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+        options = {"effect": "freeze", "steps_per_epoch": 9, "active_state": True, "seed": seed}
+        opt = GradDropAdamW(model.named_parameters(), drop=GradDropEpoch(0.5, block="row"), **options)
+        kept = opt.keep_mask(model.weight).full_tensor()[:, :1]
+        seen.add(tuple(kept.flatten().tolist()))
+        for step in range(3):
+            if step == 2:
+                opt.param_groups[0]["drop"] = None
+            model.weight.grad = torch.ones_like(model.weight)
+            opt.step()
+        saved = opt.state_dict()["state"][0]
+        assert torch.equal(saved["active"].full_tensor(), torch.where(kept, 3, 1).int().expand(2, 3)), seed
+    assert len(seen) == 4
 
 
 # torch.distributed.checkpoint
