@@ -26,7 +26,7 @@ from .groups import Group, Member, block_of, effect_of, policy_of
 from .policies import Row
 from .rules import Rule
 from .runs import HOST, Asked, Carried, carry, copy_runs, elements, kept_runs, no_counts, no_runs, runs_of
-from .shards import is_dtensor, like, local
+from .shards import is_dtensor, like, local, place_problem
 from .state import Entry
 from .tables import GroupStep, HostTables, Kind
 
@@ -370,6 +370,8 @@ def is_expanded(entry: Mapping[str, Any], param: Tensor) -> bool:
 def check_saved(what: Callable[[str], str], entry: Mapping[str, Any], param: Tensor, rule: Rule) -> None:
     """Raises TypeError or ValueError on compact state in a checkpoint, of either form."""
     if not is_expanded(entry, param):
+        if is_dtensor(param):
+            raise ValueError(f"{what(ACTIVE)} must be a DTensor of its parameter's shape, got {shown(entry[ACTIVE])}")
         check(what, entry, param, rule)
         return
     state.check_step(what("step"), entry["step"])
@@ -378,7 +380,7 @@ def check_saved(what: Callable[[str], str], entry: Mapping[str, Any], param: Ten
             state.check_tensor(what(name), entry[name], param)
     counts = entry[ACTIVE]
     integers = counts.dtype in (torch.int32, torch.int64) and counts.layout is torch.strided and not counts.is_meta
-    if not integers or is_dtensor(counts) and not is_dtensor(param) or bool((local(counts) < 0).any()):
+    if not integers or place_problem(param, counts) is not None or bool((local(counts) < 0).any()):
         raise ValueError(f"{what(ACTIVE)} must hold step counts of at least 0, int32, got {shown(counts)}")
 
 

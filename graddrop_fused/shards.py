@@ -57,12 +57,12 @@ def whole_shape(param: Tensor) -> tuple[int, ...]:
     return tuple(whole)
 
 
-def gradient_problem(param: Tensor, grad: Tensor) -> str | None:
-    """Why ``grad`` cannot be brought to where ``param`` lies, or None."""
-    if is_dtensor(param) != is_dtensor(grad):
-        return f"must be a {type(param.data).__name__} like its parameter, got a {type(grad).__name__}"
-    if is_dtensor(param) and is_dtensor(grad) and grad.device_mesh != param.device_mesh:
-        return f"must be on its parameter's mesh {param.device_mesh}, got {grad.device_mesh}"
+def place_problem(param: Tensor, other: Tensor) -> str | None:
+    """Why ``other``, its gradient or state, cannot be brought to where ``param`` lies, or None."""
+    if is_dtensor(param) != is_dtensor(other):
+        return f"must be a {type(param.data).__name__} like its parameter, got a {type(other).__name__}"
+    if is_dtensor(param) and is_dtensor(other) and other.device_mesh != param.device_mesh:
+        return f"must be on its parameter's mesh {param.device_mesh}, got {other.device_mesh}"
     return None
 
 
@@ -75,7 +75,7 @@ def placed_like(param: Tensor, grad: Tensor) -> Tensor:
 
 def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
     """The gradient of the local part of ``param``. Raises ValueError if it cannot be brought there."""
-    problem = gradient_problem(param, grad)
+    problem = place_problem(param, grad)
     if problem is not None:
         raise ValueError(f"the gradient of a parameter of shape {tuple(param.shape)} {problem}")
     grad = placed_like(param, grad)

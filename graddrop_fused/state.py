@@ -11,7 +11,7 @@ from . import block_steps
 from .checks import shown
 from .groups import Member
 from .rules import Rule
-from .shards import is_dtensor, like, local
+from .shards import is_dtensor, like, local, place_problem
 
 Entry = dict[str, Any]
 
@@ -49,8 +49,9 @@ def check_tensor(what: str, value: Any, param: Tensor) -> None:
         raise ValueError(f"{what} must have elements, got a meta tensor")
     if value.shape != param.shape:
         raise ValueError(f"{what} must have its parameter's shape {tuple(param.shape)}, got {tuple(value.shape)}")
-    if is_dtensor(value) and not is_dtensor(param):
-        raise ValueError(f"{what} must be a plain tensor like its parameter, got a {type(value).__name__}")
+    problem = place_problem(param, value)
+    if problem is not None:
+        raise ValueError(f"{what} {problem}")
 
 
 def check_step(what: str, step: Any) -> None:

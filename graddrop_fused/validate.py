@@ -25,7 +25,7 @@ from .groups import (
 from .names import canonical_name, numbered_block
 from .policies import EFFECTS, Policy, StaticMask
 from .rules import Rule
-from .shards import gradient_problem, local
+from .shards import local, place_problem
 
 ROUNDINGS = ("nearest", "stochastic")
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -242,7 +242,7 @@ def gradient(member: Member, grad: Tensor | None) -> None:
         _refuse(member, f"must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}")
     if grad.device != param.device:
         _refuse(member, f"must be on its parameter's device {param.device}, got {grad.device}")
-    problem = gradient_problem(param, grad)
+    problem = place_problem(param, grad)
     if problem is not None:
         _refuse(member, problem)
     if type(grad) not in ORDINARY and type(param) in ORDINARY and not _has_memory(grad):

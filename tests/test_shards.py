@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, StaticMask, attach
-from graddrop_fused.shards import place, shard_of
+from graddrop_fused.shards import local, place, shard_of
 
 SHAPES = {"tall": (7, 5), "wide": (3, 130), "flat": (257,), "short": (1, 9), "deep": (2, 3, 4)}  # uneven, some empty
 DROPS = {"drawn": GradDrop(0.5), "packed": GradDropEpoch(0.6, toggle=True)}
@@ -168,6 +168,42 @@ def gradients_placed_otherwise(rank, world):
                 opt.step()
             assert torch.equal(param.to_local(), before)
             param.grad = None
+
+
+def test_state_that_lies_otherwise_is_refused():
+    ranks.run(state_that_lies_otherwise, 2)
+
+
+def state_that_lies_otherwise(rank, world):
+    """Of a checkpoint without shards, and of another mesh. By its numbers, some compact state would fit a shard."""
+    mesh, other = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2,), mesh_dim_names=("other",))
+    compact = {"drop": GradDropEpoch(0.5, block="row"), "effect": "freeze", "steps_per_epoch": 9, "active_state": True}
+
+    def stepped(value, **options):
+        param = nn.Parameter(value)
+        opt = GradDropAdamW([("w", param)], **options)
+        param.grad = torch.ones_like(param)
+        opt.step()
+        return param, opt
+
+    whole = torch.zeros(2, 5)
+    cases = [
+        (whole, {}, "exp_avg of parameter 0 must be a DTensor like its parameter, got a Tensor"),
+        (distribute_tensor(whole, other, [Shard(0)]), {}, "exp_avg of parameter 0 must be on its parameter's mesh"),
+    ]
+    for seed in (2, 0, 8):  # which keep row 0, row 1, both
+        cases.append((whole, compact | {"seed": seed}, "active of parameter 0 must be a DTensor"))
+    for value, options, message in cases:
+        saved = stepped(value, **options)[1].state_dict()
+        param, opt = stepped(distribute_tensor(whole, mesh, [Shard(0)]), **options)
+        before = {name: local(t).clone() for name, t in opt.state[param].items()}
+        with pytest.raises(ValueError, match=f"the checkpoint's {message}"):
+            opt.load_state_dict(saved)
+        assert all(torch.equal(local(t), before[name]) for name, t in opt.state[param].items())
+    param, opt = stepped(distribute_tensor(whole, mesh, [Shard(0)]))
+    opt.state[param]["exp_avg"] = whole
+    with pytest.raises(ValueError, match="state 'exp_avg' of parameter 'w' must be a DTensor like its parameter"):
+        opt.step()
 
 
 def attached_sgd(params):
