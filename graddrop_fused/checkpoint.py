@@ -212,11 +212,14 @@ def _entry(index: Any, entry: Any, param: Tensor, rule: Rule, active_state: bool
 def _clock(
     saved_groups: Sequence[Mapping[str, Any]], entries: Mapping[Tensor, tuple[Mapping[str, Any], Rule]], clock: Clock
 ) -> Clock:
-    saved = saved_groups[0] if saved_groups else {}
-    if "draw" in saved:
+    # torch.distributed.checkpoint leaves a group empty whose parameters were saved in that of others
+    g, saved = next(((g, group) for g, group in enumerate(saved_groups) if "draw" in group), (0, {}))
+    if saved:
         missing = [name for name in ENTRIES if name not in saved]
         if missing:
-            raise ValueError(f"the checkpoint's param group 0 has a draw, but lacks {missing[0]!r}; it must have both")
+            raise ValueError(
+                f"the checkpoint's param group {g} has a draw, but lacks {missing[0]!r}; it must have both"
+            )
         merged = {name: saved[name] for name in ENTRIES}
         if merged["steps_per_epoch"] is None:
             merged["steps_per_epoch"] = clock.steps_per_epoch

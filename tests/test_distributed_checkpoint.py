@@ -1,5 +1,6 @@
 """Interrupted runs: torch.distributed.checkpoint from one world size to another, and processes killed at any moment."""
 
+import copy
 import io
 import itertools
 import os
@@ -15,9 +16,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from test_distributed import DROPS, effect, follow, local, optimizer, placed_index
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
-from graddrop_fused import GradDropAdamW, GradDropEpoch
+from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch
 
 SAVED_AT, STEPS = 7, 12
 
@@ -82,6 +89,21 @@ def resume(rank, world, sharding, folder):
                 mask = local(opt.keep_mask(p))
                 assert torch.equal(mask, true_masks[name].flatten()[index[name]]), (key, flat, name)
                 assert torch.equal(local(p), truth[name].flatten()[index[name]]), (key, flat, name)
+
+
+def test_a_group_that_was_split_since_goes_on_with_the_same_clock():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    opt = GradDropAdamW(model.parameters(), drop=GradDrop(0.5), seed=7, steps_per_epoch=2)
+    for _ in range(5):
+        model(torch.ones(1, 3)).sum().backward()
+        opt.step()
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
+    other = GradDropAdamW([{"params": layer.parameters()} for layer in model], drop=GradDrop(0.5))
+    model.zero_grad()
+    set_optimizer_state_dict(model, other, saved)
+    assert (other.seed, other.draw, other.epoch) == (7, 5, 2)
+    for p in model.parameters():
+        assert torch.equal(other.keep_mask(p), opt.keep_mask(p))
 
 
 # Killed at any moment
