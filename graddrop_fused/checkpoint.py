@@ -11,6 +11,7 @@ from torch import Tensor
 from . import block_steps, compact, mask_stream, state, validate
 from .checks import check_int, is_int, plain, shown
 from .clock import ENTRIES, Clock
+from .names import canonical_name
 from .policies import policy_from_state
 from .rules import Rule
 
@@ -75,6 +76,7 @@ def check(
             f"the checkpoint must have {len(groups)} param groups like the optimizer, got {len(saved_groups)}"
         )
     loaded = [_group(g, saved, group) for g, (saved, group) in enumerate(zip(saved_groups, groups, strict=True))]
+    _order_names(saved_groups, groups, loaded)
     with_params = [{**values, "params": group["params"]} for values, group in zip(loaded, groups, strict=True)]
     for group in with_params:
         validate.group_options(group, rule_class)
@@ -144,6 +146,34 @@ def _group(g: int, saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[s
     values = {k: copy.deepcopy(v) for k, v in saved.items() if k not in skipped}
     kept = {k: v for k, v in group.items() if k not in skipped}
     return {**kept, **values, "drop": policy}
+
+
+def _order_names(
+    saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], loaded: Sequence[dict[str, Any]]
+) -> None:
+    """Let names stand with the parameters that they name, where a checkpoint has the optimizer's in another order.
+
+    torch.distributed.checkpoint lists parameters by name and has put all but param_names into the optimizer's order.
+    Elsewhere state goes by position. Raises ValueError if it would go to other parameters than its own.
+    """
+    by_name = all(isinstance(param, str) for saved in saved_groups for param in saved["params"])
+    own = [
+        group.get("param_names", saved["params"] if by_name else [])
+        for group, saved in zip(groups, saved_groups, strict=True)
+    ]
+    mine = [canonical_name(name) for names in own for name in names]
+    theirs = [canonical_name(name) for values in loaded for name in values.get("param_names", [])]
+    if mine == theirs or sorted(mine) != sorted(theirs):
+        return
+    if not by_name:
+        first, second = next(pair for pair in zip(mine, theirs, strict=True) if pair[0] != pair[1])
+        raise ValueError(
+            "the checkpoint's param_names must be in the optimizer's order, since state goes by position, got "
+            f"{second!r} in the place of {first!r}: construct with parameters in the checkpoint's order, or bring the "
+            "checkpoint into this one by register_load_state_dict_pre_hook"
+        )
+    for values, names in zip(loaded, own, strict=True):
+        values["param_names"] = list(names)
 
 
 def _check_stream(g: int, saved: Mapping[str, Any]) -> None:

@@ -153,6 +153,18 @@ def test_moments_of_another_dtype_survive_loading():
     assert {s["exp_avg_sq"].dtype for s in opt.state.values()} == {torch.float32}  # float16 squares underflow
 
 
+def test_state_of_parameters_in_another_order_is_refused():
+    params = parameters()
+    give_gradients(params, 0)
+    opt = GradDropAdamW([("module.a", params["b.bias"]), ("b", nn.Parameter(torch.zeros(1)))])
+    opt.step()
+    other = GradDropAdamW([("b", nn.Parameter(torch.zeros(1))), ("a", params["b.bias"])])
+    with pytest.raises(ValueError, match="must be in the optimizer's order, .* got 'a' in the place of 'b'"):
+        other.load_state_dict(opt.state_dict())
+    assert other.draw == 0 and not other.state and other.param_groups[0]["param_names"] == ["b", "a"]
+    other.load_state_dict(torch.optim.AdamW(other.param_groups[0]["params"]).state_dict())  # without names
+
+
 def test_static_masks_by_name():
     params = parameters()
     mask = torch.rand(SHAPES["a.weight"], generator=torch.Generator().manual_seed(1)) < 0.5

@@ -106,6 +106,22 @@ def test_a_group_that_was_split_since_goes_on_with_the_same_clock():
         assert torch.equal(other.keep_mask(p), opt.keep_mask(p))
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_names_stay_with_their_parameters_in_another_order(named):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    opt = GradDropAdamW(model.named_parameters(), drop=GradDrop(0.5), seed=7)
+    model(torch.ones(1, 4)).sum().backward()
+    opt.step()
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
+    reverse = list(model.named_parameters())[::-1]
+    other = GradDropAdamW(reverse if named else [p for _, p in reverse], drop=GradDrop(0.5))
+    set_optimizer_state_dict(model, other, saved)
+    assert other.param_groups[0]["param_names"] == [name for name, _ in reverse]
+    for p in model.parameters():
+        assert torch.equal(other.state[p]["exp_avg"], opt.state[p]["exp_avg"])
+        assert torch.equal(other.keep_mask(p), opt.keep_mask(p))
+
+
 # Killed at any moment
 
 KILLS = 20
