@@ -48,7 +48,7 @@ class HostNumbers:
         self._packing = [g for g, policy in enumerate(self.policies) if policy is not None and policy.packed]
         self.followers = [policy for policy in self.policies if policy is not None and policy.needs_epoch]
         self._moves = [_UNMOVED if p is None else (p.index(layers.count), p.draw(layers.count)) for p in self.policies]
-        self._rows: list[dict[int, Row]] = [{} for _ in groups]  # by index
+        self._rows = [(-1, KEEP) for _ in groups]  # the last index and its row: a schedule of steps has millions
         self._freezes = _freeze_layers(groups, self.effects)
 
     def at(self, clock: Clock, draw: int) -> list[tuple[Row, int]]:
@@ -64,9 +64,10 @@ class HostNumbers:
                 found.append((KEEP, 0))
                 continue
             index, word = _place(*self._moves[g], draw, epoch)
-            row = self._rows[g].get(index)
-            if row is None:
-                row = self._rows[g][index] = policy.row(index, self.layers.of_group[g], self.layers.count)
+            last, row = self._rows[g]
+            if index != last:
+                row = policy.row(index, self.layers.of_group[g], self.layers.count)
+                self._rows[g] = index, row
             if self._freezes[g] and row.mask == Mask.LAYER:
                 row = decided(row, word, clock.seed, self.layers.stream_ids[self.layers.of_group[g]])
             found.append((row, word))
