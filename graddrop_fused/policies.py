@@ -391,11 +391,15 @@ def _window_row(mask: Mask, window: tuple[int, int], rescale: bool) -> Row:
 
 
 def _p_at(policy: Any, index: int) -> float:
-    return policy.anneal.p(index) if policy.anneal else policy.p
+    if policy.anneal is None:
+        return policy.p
+    p = policy.anneal.p(index)
+    check_p(f"{type(policy.anneal).__name__}.p({index})", p)
+    return float(p)
 
 
 def _index_of(anneal: Schedule | None) -> Index:
-    return Index(anneal.by, anneal.length) if anneal else Index()
+    return Index() if anneal is None else Index(anneal.by, anneal.length)
 
 
 def _check_p_or_anneal(policy: Any) -> None:
@@ -408,6 +412,9 @@ def _check_p_or_anneal(policy: Any) -> None:
         check_p("p", p)
     elif not isinstance(anneal, Schedule):
         raise TypeError(f"anneal must be a schedule such as LinearAnneal, got {shown(anneal)}")
+    else:
+        check_choice(f"{type(anneal).__name__}.by", anneal.by, ("step", "epoch"))
+        check_int(f"{type(anneal).__name__}.length", anneal.length, 1)
 
 
 def _check_rescale(rescale: Any) -> None:

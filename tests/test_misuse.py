@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from graddrop_fused import (
     GradFreeze,
     LayerGradDrop,
     Policy,
+    Schedule,
     StaticMask,
     attach,
     keep_mask,
@@ -611,6 +613,46 @@ def test_a_policy_that_no_checkpoint_could_hold_is_refused_at_once():
 
     with pytest.raises(TypeError, match="Plain must be a frozen dataclass"):
         GradDropAdamW(nn.Linear(3, 3).parameters(), drop=Plain())
+
+
+def schedule(value=0.5, by="step", length=3):
+    """One of the user's own, of one value, or of what it does wrong."""
+
+    @dataclass(frozen=True)
+    class Own(Schedule):
+        def p(self, index):
+            return value
+
+    Own.by, Own.length = by, length
+    return Own()
+
+
+@pytest.mark.parametrize("distribution", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize(
+    "value", [float("nan"), 1.0, 1, -0.5, 1.5, 1 - 1e-9, True, None, "0.5", torch.tensor(0.5)], ids=str
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_schedule_of_ones_own_that_gives_no_probability(backend, value, distribution):
+    params, optimizer = made(backend, drop=GradDrop(anneal=schedule(value), distribution=distribution))
+    before = everything(params, optimizer)
+    with pytest.raises((TypeError, ValueError), match=r"^Own\.p\(0\) must be .*, got "):
+        optimizer.step()
+    assert_unchanged(before, params, optimizer)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"by": "epochs"}, "Own.by must be 'step' or 'epoch', got 'epochs'"),
+        ({"by": None}, "Own.by must be 'step' or 'epoch', got None"),
+        ({"length": 0}, "Own.length must be an integer of at least 1, got 0"),
+        ({"length": 3.0}, "Own.length must be an integer of at least 1, got 3.0"),
+    ],
+)
+def test_a_schedule_of_ones_own_that_counts_nothing(wrong, message):
+    for policy in (GradDrop, LayerGradDrop):
+        with pytest.raises((TypeError, ValueError), match=message):
+            policy(anneal=schedule(**wrong))
 
 
 def test_a_static_mask_is_copied():
