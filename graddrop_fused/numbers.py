@@ -15,7 +15,7 @@ from .clock import Clock
 from .contract import Effect, Mask
 from .cuda_graph import to_device
 from .groups import Layers, effect_of, is_layerwise, policy_of
-from .policies import DROP, KEEP, Draw, Index, Policy, Row
+from .policies import DROP, KEEP, Draw, Index, Policy, Row, row_of
 
 MAX_ROWS = 1 << 20  # of a policy's table on a device
 _NO_EPOCH = 0  # stands in where no policy follows epochs
@@ -25,7 +25,7 @@ _UNMOVED = Index(), Draw("never")  # of a group without a policy
 def row_at(policy: Policy, layer: int, layers: int, draw: int, epoch: int | None) -> tuple[Row, int]:
     """A policy's row for step ``draw`` in ``epoch``, and its counter word 2."""
     index, word = _place(policy.index(layers), policy.draw(layers), draw, epoch)
-    return policy.row(index, layer, layers), word
+    return row_of(policy, index, layer, layers), word
 
 
 def _place(index: Index, drawn: Draw, draw: int, epoch: int | None) -> tuple[int, int]:
@@ -66,7 +66,7 @@ class HostNumbers:
             index, word = _place(*self._moves[g], draw, epoch)
             last, row = self._rows[g]
             if index != last:
-                row = policy.row(index, self.layers.of_group[g], self.layers.count)
+                row = row_of(policy, index, self.layers.of_group[g], self.layers.count)
                 self._rows[g] = index, row
             if self._freezes[g] and row.mask == Mask.LAYER:
                 row = decided(row, word, clock.seed, self.layers.stream_ids[self.layers.of_group[g]])
@@ -189,7 +189,7 @@ def _table(policies: Sequence[Policy | None], layers: Layers) -> tuple[list[Row]
                     f"capturable must be False with {policy!r}: its schedule of {length} rows is longer than the table "
                     f"of {MAX_ROWS} that a device keeps"
                 )
-            rows += [KEEP if policy is None else policy.row(i, layer, layers.count) for i in range(length)]
+            rows += [KEEP if policy is None else row_of(policy, i, layer, layers.count) for i in range(length)]
         first.append(begin)
     return rows, first
 

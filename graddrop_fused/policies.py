@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import mask_stream
-from .checks import check_bool, check_choice, check_int, check_p, is_int, make_plain, plain, shown
+from .checks import check_bool, check_choice, check_int, check_nonnegative, check_p, is_int, make_plain, plain, shown
 from .contract import Effect, Mask
 from .names import canonical_name
 from .schedules import Schedule
@@ -111,6 +111,36 @@ class Policy:
                 for name, value in options.items()
             }
         )
+
+
+def check_policy(policy: Policy) -> None:
+    """Raises TypeError or ValueError, naming it, on what no policy can be: what it counts, its block and its effect."""
+    name, index, draw = type(policy).__name__, policy.index(2), policy.draw(2)
+    check_choice(f"{name}.index().by", index.by, ("step", "epoch"))
+    check_int(f"{name}.index().length", index.length, 1)
+    check_choice(f"{name}.draw().by", draw.by, ("step", "epoch", "never"))
+    check_int(f"{name}.draw().holds", draw.holds, 1)
+    if policy.block != "row":
+        check_int(f"{name}.block, where it is not 'row',", policy.block, 1, MAX_BLOCK)
+    check_choice(f"{name}.default_effect", policy.default_effect, EFFECTS)
+
+
+def row_of(policy: Policy, index: int, layer: int, layers: int) -> Row:
+    """``policy.row``. Raises TypeError or ValueError, naming it, on numbers that backends take for other masks."""
+    row, called = policy.row(index, layer, layers), f"{type(policy).__name__}.row({index})"
+    if not isinstance(row, Row):
+        raise TypeError(f"{called} must be a Row, got {shown(row)}")
+    if row.mask not in tuple(Mask):
+        raise ValueError(f"{called}.mask must be of contract.Mask, {list(Mask)}, got {shown(row.mask)}")
+    if row.mask == Mask.LAYER and not policy.layerwise:
+        raise ValueError(f"{called}.mask must not be Mask.LAYER of a policy without layerwise = True, got {row}")
+    if row.mask == Mask.PACKED and not isinstance(policy, StaticMask):
+        raise ValueError(f"{called}.mask must not be Mask.PACKED but of a StaticMask, which has masks, got {row}")
+    check_int(f"{called}.lo", row.lo, 0, mask_stream.HALF)
+    check_int(f"{called}.span", row.span, 0, mask_stream.HALF)
+    check_nonnegative(f"{called}.rescale", row.rescale)
+    check_nonnegative(f"{called}.noise_std", row.noise_std)
+    return row
 
 
 def policy_from_state(state: Any, current: Policy | None) -> Policy | None:

@@ -23,7 +23,7 @@ from .groups import (
     static_mask,
 )
 from .names import canonical_name, numbered_block
-from .policies import EFFECTS, Policy, StaticMask
+from .policies import EFFECTS, Policy, StaticMask, check_policy
 from .rules import Rule
 from .shards import gradient_problem, local
 
@@ -77,6 +77,7 @@ def policy(drop: Any, effect: Any) -> None:
             "drop must be None or a policy such as GradDrop(p=0.1), or policy('graddrop:p=0.1') made from a text, got "
             f"{shown(drop)}"
         )
+    check_policy(drop)
     drop.check_effect(effect_of({"drop": drop, "effect": effect}).name.lower())
     drop.to_state()  # what cannot be saved would fail at the first checkpoint, after the training
 

@@ -28,9 +28,10 @@ from graddrop_fused import (
     keep_mask,
     pack_mask,
     param_groups,
-    policies,
 )
+from graddrop_fused.contract import Mask
 from graddrop_fused.masked import MaskedOptimizer
+from graddrop_fused.policies import KEEP, Draw, Index, Row
 
 SHAPES = {"a": (17, 23), "b": (33,), "c": (5, 5)}
 
@@ -609,7 +610,7 @@ def test_a_checkpoint_of_another_policy_says_that_it_wins():
 def test_a_policy_that_no_checkpoint_could_hold_is_refused_at_once():
     class Plain(Policy):
         def row(self, index, layer, layers):
-            return policies.KEEP
+            return KEEP
 
     with pytest.raises(TypeError, match="Plain must be a frozen dataclass"):
         GradDropAdamW(nn.Linear(3, 3).parameters(), drop=Plain())
@@ -653,6 +654,68 @@ def test_a_schedule_of_ones_own_that_counts_nothing(wrong, message):
     for policy in (GradDrop, LayerGradDrop):
         with pytest.raises((TypeError, ValueError), match=message):
             policy(anneal=schedule(**wrong))
+
+
+def policy_of_ones_own(row=KEEP, index=None, draw=None, **attributes):
+    @dataclass(frozen=True)
+    class Own(Policy):
+        def index(self, layers):
+            return index or Index()
+
+        def draw(self, layers):
+            return draw or Draw()
+
+        def row(self, index, layer, layers):
+            return row
+
+    for name, value in attributes.items():
+        setattr(Own, name, value)
+    return Own()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"index": Index("steps")}, r"Own.index\(\).by must be 'step' or 'epoch', got 'steps'"),
+        ({"index": Index("step", 0)}, r"Own.index\(\).length must be an integer of at least 1, got 0"),
+        ({"draw": Draw("batch")}, r"Own.draw\(\).by must be 'step' or 'epoch' or 'never', got 'batch'"),
+        ({"draw": Draw("step", 0)}, r"Own.draw\(\).holds must be an integer of at least 1, got 0"),
+        ({"block": 0}, "Own.block, where it is not 'row', must be an integer in .*, got 0"),
+        ({"block": "rows"}, "Own.block, where it is not 'row', must be an integer in .*, got 'rows'"),
+        ({"default_effect": "frozen"}, "Own.default_effect must be 'gradient' or 'freeze' or 'update', got 'frozen'"),
+    ],
+)
+def test_a_policy_of_ones_own_that_counts_nothing(wrong, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        made("reference", drop=policy_of_ones_own(**wrong))
+    with pytest.raises((TypeError, ValueError), match=message):
+        attach(torch.optim.SGD(nn.Linear(3, 3).parameters()), policy_of_ones_own(**wrong))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (None, " must be a Row, got None"),
+        (Row(9, 0, 30000), ".mask must be of contract.Mask, .*, got 9"),
+        (Row(Mask.PACKED), ".mask must not be Mask.PACKED but of a StaticMask"),
+        (Row(Mask.LAYER, 0, 30000), ".mask must not be Mask.LAYER of a policy without layerwise = True"),
+        (Row(Mask.ELEMENT, 0, 2**16), ".span must be an integer in .*, got 65536"),
+        (Row(Mask.ELEMENT, 0, -1), ".span must be an integer in .*, got -1"),
+        (Row(Mask.ELEMENT, -5, 30000), ".lo must be an integer in .*, got -5"),
+        (Row(Mask.ELEMENT, 0.5, 3), ".lo must be an integer in .*, got 0.5"),
+        (Row(Mask.ELEMENT, 0, 30000, float("nan")), ".rescale must be finite and at least 0, got nan"),
+        (Row(Mask.GAUSSIAN, noise_std=float("inf")), ".noise_std must be finite and at least 0, got inf"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_policy_of_ones_own_with_a_row_that_means_no_mask(backend, row, message, capturable):
+    """Backends would draw different masks by it, or read words that are not there."""
+    params, optimizer = made(backend, drop=policy_of_ones_own(row), capturable=capturable)
+    before = everything(params, optimizer)
+    with pytest.raises((TypeError, ValueError), match=r"^Own\.row\(0\)" + message):
+        optimizer.step()
+    assert_unchanged(before, params, optimizer)
 
 
 def test_a_static_mask_is_copied():
