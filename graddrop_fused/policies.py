@@ -62,7 +62,7 @@ class Policy:
 
     registry: ClassVar[dict[str, type["Policy"]]] = {}
     layerwise: ClassVar[bool] = False  # one decision per layer: its stream id is the layer's, not the parameter's
-    rows_differ_by_layer: ClassVar[bool] = False
+    rows_differ_by_layer: ClassVar[bool] = True  # False: one table on a device for all layers; stands beside `row`
     default_effect: ClassVar[str] = "gradient"
     block: int | str = 1  # elements that share a decision; "row": those of one index of the first dimension
     packed: bool = False  # keep the mask as packed words until it changes
@@ -70,6 +70,8 @@ class Policy:
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
         Policy.registry[cls.__name__] = cls
+        if "row" in vars(cls):  # other rows than those of the base, which may not have differed
+            cls.rows_differ_by_layer = vars(cls).get("rows_differ_by_layer", True)
 
     def index(self, layers: int) -> Index:
         """Which row is in force, for a model of ``layers`` layers."""
@@ -179,6 +181,8 @@ class GradDrop(Policy):
     distribution: Literal["bernoulli", "gaussian"] = "bernoulli"
     hold: int = 1
 
+    rows_differ_by_layer: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         _check_p_or_anneal(self)
         _check_rescale(self.rescale)
@@ -232,6 +236,8 @@ class GradDropEpoch(Policy):
     storage: Literal["packed", "regenerate"] = "packed"
     anneal: Schedule | None = None
     _bounds: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)  # of a cycle's windows
+
+    rows_differ_by_layer: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_p_or_anneal(self)
@@ -292,6 +298,7 @@ class LayerGradDrop(Policy):
     hold: int = 1
 
     layerwise: ClassVar[bool] = True
+    rows_differ_by_layer: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_p_or_anneal(self)
@@ -325,7 +332,6 @@ class GradFreeze(Policy):
     layers_per_epoch: int = 1
 
     layerwise: ClassVar[bool] = True
-    rows_differ_by_layer: ClassVar[bool] = True
     default_effect: ClassVar[str] = "freeze"
 
     def __post_init__(self) -> None:
@@ -356,6 +362,8 @@ class StaticMask(Policy):
 
     masks: Mapping[str, Tensor] | Sequence[Tensor]
     rescale: bool | None = None
+
+    rows_differ_by_layer: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_rescale(self.rescale)
