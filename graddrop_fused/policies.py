@@ -8,14 +8,25 @@ To add one: subclass :class:`Policy` with a frozen dataclass, check its fields i
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import mask_stream
-from .checks import check_bool, check_choice, check_int, check_nonnegative, check_p, is_int, make_plain, plain, shown
+from .checks import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_nonnegative,
+    check_p,
+    is_int,
+    make_plain,
+    plain,
+    saved_fields,
+    shown,
+)
 from .contract import Effect, Mask
 from .names import canonical_name
 from .schedules import Schedule
@@ -93,12 +104,10 @@ class Policy:
         return "epoch" in (self.index(2).by, self.draw(2).by)
 
     def to_state(self) -> dict[str, Any]:
-        """Plain numbers and strings, for a checkpoint. Raises TypeError if it is no dataclass or holds others."""
+        """Plain numbers and strings, for a checkpoint. Raises TypeError on others, and if it is no frozen dataclass."""
         name = type(self).__name__
-        if not is_dataclass(self):
-            raise TypeError(f"{name} must be a frozen dataclass, so that a checkpoint can hold it")
         state: dict[str, Any] = {"policy": name}
-        for f in (f for f in fields(self) if f.init):
+        for f in saved_fields(self):
             value = getattr(self, f.name)
             is_schedule = isinstance(value, Schedule)
             state[f.name] = value.to_state() if is_schedule else plain(f"{name}.{f.name}", value)

@@ -7,7 +7,7 @@ import copy
 import io
 import pickle
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -612,8 +612,40 @@ def test_a_policy_that_no_checkpoint_could_hold_is_refused_at_once():
         def row(self, index, layer, layers):
             return KEEP
 
-    with pytest.raises(TypeError, match="Plain must be a frozen dataclass"):
-        GradDropAdamW(nn.Linear(3, 3).parameters(), drop=Plain())
+    @dataclass
+    class Changeable(Plain):
+        p: float
+
+    @dataclass
+    class Moving(Schedule):
+        by = "step"
+        length = 3
+
+    for drop in (Plain(), Changeable(0.5), GradDrop(anneal=Moving())):
+        with pytest.raises(TypeError, match="(Plain|Changeable|Moving) must be a frozen dataclass"):
+            GradDropAdamW(nn.Linear(3, 3).parameters(), drop=drop)
+
+
+def test_a_schedule_of_ones_own_with_a_field_that_it_computes():
+    @dataclass(frozen=True)
+    class Halves(Schedule):
+        start: float
+        values: tuple = field(init=False)
+        by = "step"
+        length = 3
+
+        def __post_init__(self):
+            object.__setattr__(self, "values", (self.start, self.start / 2, self.start / 4))
+
+        def p(self, index):
+            return self.values[index]
+
+    drop = GradDrop(anneal=Halves(0.8))
+    params, optimizer = made("reference", drop=drop)
+    optimizer.step()
+    other = made("reference", drop=drop)[1]
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["drop"] == drop and other.draw == 1
 
 
 def schedule(value=0.5, by="step", length=3):
