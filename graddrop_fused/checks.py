@@ -102,12 +102,15 @@ def saved_fields(thing: Any) -> list[Field]:
 
 
 def plain(name: str, value: Any) -> Any:
-    """``value`` as what torch.load(weights_only=True) reads: numpy's numbers become Python's.
+    """``value`` as what torch.load(weights_only=True) reads: numpy's numbers and strings, and enums of these, become
+    Python's.
 
     Raises TypeError on anything that would have to be pickled.
     """
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return str.__str__(value)
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):

@@ -8,6 +8,7 @@ import io
 import pickle
 import warnings
 from dataclasses import dataclass, field
+from enum import Enum
 
 import pytest
 import torch
@@ -508,6 +509,27 @@ def test_whatever_is_accepted_can_be_saved_and_loaded_again():
     other = made("reference", drop=GradDrop(0.5))[1]
     other.load_state_dict(loaded)
     assert other.param_groups[0]["drop"] == GradDrop(0.25) and other.param_groups[0]["lr"] == 0.5
+
+
+def test_strings_of_every_class_can_be_saved():
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed: torch works without it")
+
+    class Name(str, Enum):
+        FIRST = "first"
+
+    groups = [
+        {"params": [(numpy.str_("a"), nn.Parameter(torch.ones(3)))], "layer": Name.FIRST},
+        {"params": [("b", nn.Parameter(torch.ones(3)))], "layer": numpy.str_("last"), "effect": numpy.str_("freeze")},
+    ]
+    optimizer = GradDropAdamW(groups, drop=GradFreeze(numpy.str_("bottom-up")), rounding=numpy.str_("nearest"))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    optimizer.load_state_dict(loaded)
+    first, last = loaded["param_groups"]
+    assert (first["layer"], first["param_names"], last["layer"], last["effect"]) == ("first", ["a"], "last", "freeze")
+    assert optimizer.param_groups[0]["drop"] == GradFreeze("bottom-up")
 
 
 @pytest.mark.parametrize("kind", ["float64", "float32", "float16"])
