@@ -272,22 +272,34 @@ def no_shared_memory(every: Sequence[Member]) -> None:
             start = part.data_ptr()
             spans.append((start, start + _extent(part) * part.element_size(), member))
     spans.sort(key=lambda span: span[:2])
-    for (_, stop, first), (start, _, second) in zip(spans, spans[1:], strict=False):
-        if start < stop and _elements_meet(local(first.param), local(second.param)):
+    interleaved: list[list[Member]] = []  # those between whose first and last elements others' lie
+    reached = 0
+    for start, stop, member in spans:
+        if start < reached:
+            interleaved[-1].append(member)
+        else:
+            interleaved.append([member])
+        reached = max(reached, stop)
+    for cluster in interleaved:
+        if len(cluster) > 1:
+            _no_common_elements(cluster)
+
+
+def _no_common_elements(cluster: Sequence[Member]) -> None:
+    parts = [local(member.param) for member in cluster]
+    base, size, dtype = parts[0].data_ptr(), parts[0].element_size(), parts[0].dtype
+    places = [divmod(part.data_ptr() - base, size) for part in parts]
+    extent = max(offset + _extent(part) for part, (offset, _) in zip(parts, places, strict=True))
+    owner = torch.zeros(extent, dtype=torch.int32, device="cpu")  # of each element: 1 + its place in the cluster
+    for i, (part, (offset, rest)) in enumerate(zip(parts, places, strict=True)):
+        elements = owner.as_strided(part.shape, part.stride(), offset)
+        taken = i if part.dtype != dtype or rest else int(elements.max())
+        if taken:
             raise ValueError(
-                f"parameters {first.called} and {second.called} must not share memory (a fused pass would update their "
-                "common elements twice at once)"
+                f"parameters {cluster[taken - 1].called} and {cluster[i].called} must not share memory (a fused pass "
+                "would update their common elements twice at once)"
             )
-
-
-def _elements_meet(first: Tensor, second: Tensor) -> bool:
-    base, size = first.data_ptr(), first.element_size()
-    if first.dtype != second.dtype or (second.data_ptr() - base) % size:
-        return True
-    offset = (second.data_ptr() - base) // size
-    taken = torch.zeros(max(_extent(first), offset + _extent(second)), dtype=torch.bool, device="cpu")
-    taken.as_strided(first.shape, first.stride(), 0).fill_(True)
-    return bool(taken.as_strided(second.shape, second.stride(), offset).any())
+        elements.fill_(i + 1)
 
 
 def _extent(tensor: Tensor) -> int:

@@ -165,6 +165,20 @@ def test_what_no_longer_fits_is_refused_by_name(change, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_common_elements_are_found_whatever_lies_between(backend):
+    memory = torch.zeros(100)
+    views = {"long": memory[::2], "between": memory[1:4:2], "last": memory[50:60:2]}
+    params = {name: nn.Parameter(view) for name, view in views.items()}
+    optimizer = GradDropAdamW(params.items(), backend=backend)
+    give(params)
+    with pytest.raises(ValueError, match="parameters 'long' and 'last' must not share memory"):
+        optimizer.step()
+    assert not memory.any()
+    params["last"].grad = None
+    optimizer.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_that_change_at_the_same_address(backend):
     """torch.optim.AdamW keeps its state in the parameter's shape, so a square one may be turned round at any time."""
     ours, theirs = (nn.Parameter(torch.randn(6, 6, generator=torch.Generator().manual_seed(0))) for _ in range(2))
