@@ -95,6 +95,9 @@ def new_group(
         raise TypeError("params must be an ordered collection, got a set, whose order changes between runs")
     params = list(params)
     named = [entry if isinstance(entry, tuple) else (None, entry) for entry in params]
+    for entry in named:
+        if len(entry) != 2 or not isinstance(entry[0], str | None):
+            raise TypeError(f"params must hold tensors or (name, tensor) pairs, got {shown(entry)}")
     for index, (name, value) in enumerate(named):
         param("a parameter" if name is None else f"parameter {name!r}", value, index)
     listed_once(named, others)
