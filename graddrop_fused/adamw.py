@@ -18,7 +18,8 @@ class GradDropAdamW(MaskedOptimizer):
     Args:
         params: tensors, groups, or ``model.named_parameters()``. Names make masks independent of the order of
             parameters. A group may have its own ``drop``, ``effect`` and ``layer`` (its layer's name).
-        lr: float or a tensor of one element. betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
+        lr: float or a tensor of one element. betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW, but
+            betas must be numbers.
         capturable: keep step, draw and the mask's numbers on the device (and lr, if it is a tensor there), so that a
             captured graph draws new masks at every replay.
         fused: True lets GradScaler hand over its scale and its infinities, as torch's fused optimizers do.

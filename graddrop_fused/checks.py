@@ -4,6 +4,7 @@ import math
 import numbers
 import reprlib
 from collections.abc import Mapping
+from dataclasses import Field, fields
 from typing import Any
 
 from torch import Tensor
@@ -89,13 +90,27 @@ def make_plain(policy: Any, *names: str) -> None:
         object.__setattr__(policy, name, plain(name, getattr(policy, name)))
 
 
+def saved_fields(thing: Any) -> list[Field]:
+    """The fields that make a policy or a schedule.
+
+    Raises TypeError if it is no frozen dataclass: a checkpoint could not hold it, or not what steps had gone by.
+    """
+    parameters = getattr(type(thing), "__dataclass_params__", None)
+    if parameters is None or not parameters.frozen:
+        raise TypeError(f"{type(thing).__name__} must be a frozen dataclass, so that a checkpoint can hold it")
+    return [f for f in fields(thing) if f.init]
+
+
 def plain(name: str, value: Any) -> Any:
-    """``value`` as what torch.load(weights_only=True) reads: numpy's numbers become Python's.
+    """``value`` as what torch.load(weights_only=True) reads: numpy's numbers and strings, and enums of these, become
+    Python's.
 
     Raises TypeError on anything that would have to be pickled.
     """
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return str.__str__(value)
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):

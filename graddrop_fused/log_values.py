@@ -1,10 +1,12 @@
 """What a training log should hold of the masks: a few numbers by name, for any tool that writes logs."""
 
 from .active_share import active_share
+from .checks import is_number
 from .groups import Layers, policy_of
 from .masked import MaskedOptimizer
 from .numbers import rows_at
 from .policies import Policy
+from .schedules import Schedule
 from .skip import unwrap
 
 
@@ -51,7 +53,8 @@ def log_values(optimizer: MaskedOptimizer) -> dict[str, float]:
 
 
 def _p_now(policy: Policy, draw: int, epoch: int | None) -> float | None:
-    anneal = getattr(policy, "anneal", None)
-    if anneal is None:
-        return getattr(policy, "p", None)
-    return float(anneal.p(draw if anneal.by == "step" else epoch))
+    anneal, p = getattr(policy, "anneal", None), getattr(policy, "p", None)
+    if not isinstance(anneal, Schedule):
+        return p if is_number(p) else None  # a policy of the user's own may mean something else by it
+    tick = draw if anneal.by == "step" else epoch
+    return None if tick is None else float(anneal.p(min(tick, anneal.length - 1)))  # the last one holds for good

@@ -183,7 +183,7 @@ def bernoulli_window(p: float) -> tuple[int, int]:
 
     Raises ValueError if p is not in [0, 1), or rounds to 1.
     """
-    lo = round(p * 2**16) if 0.0 <= p < 1.0 else 2**16
+    lo = round(float(p) * 2**16) if 0.0 <= p < 1.0 else 2**16  # numpy's float16 ends below 2**16
     if lo >= 2**16:
         raise ValueError(f"p must be in [0, 1) and leave a keep probability of at least 2**-16, got {p!r}")
     return lo, HALF - lo
@@ -195,6 +195,7 @@ def epoch_bounds(p: float) -> list[int]:
     Raises ValueError if p is not in [0, 1), or if an epoch's window would be empty.
     """
     bernoulli_window(p)  # the same range check
+    p = float(p)
     if 1.0 - p < 2.0**-16:
         raise ValueError(f"p must leave a keep probability of at least 2**-16 without replacement, got {p!r}")
     bounds, total = [0], 0.0

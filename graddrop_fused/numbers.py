@@ -15,7 +15,7 @@ from .clock import Clock
 from .contract import Effect, Mask
 from .cuda_graph import to_device
 from .groups import Layers, effect_of, is_layerwise, policy_of
-from .policies import DROP, KEEP, Draw, Index, Policy, Row
+from .policies import DROP, KEEP, Draw, Index, Policy, Row, row_of
 
 MAX_ROWS = 1 << 20  # of a policy's table on a device
 _NO_EPOCH = 0  # stands in where no policy follows epochs
@@ -25,7 +25,7 @@ _UNMOVED = Index(), Draw("never")  # of a group without a policy
 def row_at(policy: Policy, layer: int, layers: int, draw: int, epoch: int | None) -> tuple[Row, int]:
     """A policy's row for step ``draw`` in ``epoch``, and its counter word 2."""
     index, word = _place(policy.index(layers), policy.draw(layers), draw, epoch)
-    return policy.row(index, layer, layers), word
+    return row_of(policy, index, layer, layers), word
 
 
 def _place(index: Index, drawn: Draw, draw: int, epoch: int | None) -> tuple[int, int]:
@@ -48,7 +48,7 @@ class HostNumbers:
         self._packing = [g for g, policy in enumerate(self.policies) if policy is not None and policy.packed]
         self.followers = [policy for policy in self.policies if policy is not None and policy.needs_epoch]
         self._moves = [_UNMOVED if p is None else (p.index(layers.count), p.draw(layers.count)) for p in self.policies]
-        self._rows: list[dict[int, Row]] = [{} for _ in groups]  # by index
+        self._rows = [(-1, KEEP) for _ in groups]  # the last index and its row: a schedule of steps has millions
         self._freezes = _freeze_layers(groups, self.effects)
 
     def at(self, clock: Clock, draw: int) -> list[tuple[Row, int]]:
@@ -64,9 +64,10 @@ class HostNumbers:
                 found.append((KEEP, 0))
                 continue
             index, word = _place(*self._moves[g], draw, epoch)
-            row = self._rows[g].get(index)
-            if row is None:
-                row = self._rows[g][index] = policy.row(index, self.layers.of_group[g], self.layers.count)
+            last, row = self._rows[g]
+            if index != last:
+                row = row_of(policy, index, self.layers.of_group[g], self.layers.count)
+                self._rows[g] = index, row
             if self._freezes[g] and row.mask == Mask.LAYER:
                 row = decided(row, word, clock.seed, self.layers.stream_ids[self.layers.of_group[g]])
             found.append((row, word))
@@ -188,7 +189,7 @@ def _table(policies: Sequence[Policy | None], layers: Layers) -> tuple[list[Row]
                     f"capturable must be False with {policy!r}: its schedule of {length} rows is longer than the table "
                     f"of {MAX_ROWS} that a device keeps"
                 )
-            rows += [KEEP if policy is None else policy.row(i, layer, layers.count) for i in range(length)]
+            rows += [KEEP if policy is None else row_of(policy, i, layer, layers.count) for i in range(length)]
         first.append(begin)
     return rows, first
 

@@ -8,14 +8,25 @@ To add one: subclass :class:`Policy` with a frozen dataclass, check its fields i
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import mask_stream
-from .checks import check_bool, check_choice, check_int, check_p, is_int, make_plain, plain, shown
+from .checks import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_nonnegative,
+    check_p,
+    is_int,
+    make_plain,
+    plain,
+    saved_fields,
+    shown,
+)
 from .contract import Effect, Mask
 from .names import canonical_name
 from .schedules import Schedule
@@ -62,7 +73,7 @@ class Policy:
 
     registry: ClassVar[dict[str, type["Policy"]]] = {}
     layerwise: ClassVar[bool] = False  # one decision per layer: its stream id is the layer's, not the parameter's
-    rows_differ_by_layer: ClassVar[bool] = False
+    rows_differ_by_layer: ClassVar[bool] = True  # False: one table on a device for all layers; stands beside `row`
     default_effect: ClassVar[str] = "gradient"
     block: int | str = 1  # elements that share a decision; "row": those of one index of the first dimension
     packed: bool = False  # keep the mask as packed words until it changes
@@ -70,6 +81,8 @@ class Policy:
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
         Policy.registry[cls.__name__] = cls
+        if "row" in vars(cls):  # other rows than those of the base, which may not have differed
+            cls.rows_differ_by_layer = vars(cls).get("rows_differ_by_layer", True)
 
     def index(self, layers: int) -> Index:
         """Which row is in force, for a model of ``layers`` layers."""
@@ -91,12 +104,10 @@ class Policy:
         return "epoch" in (self.index(2).by, self.draw(2).by)
 
     def to_state(self) -> dict[str, Any]:
-        """Plain numbers and strings, for a checkpoint. Raises TypeError if it is no dataclass or holds others."""
+        """Plain numbers and strings, for a checkpoint. Raises TypeError on others, and if it is no frozen dataclass."""
         name = type(self).__name__
-        if not is_dataclass(self):
-            raise TypeError(f"{name} must be a frozen dataclass, so that a checkpoint can hold it")
         state: dict[str, Any] = {"policy": name}
-        for f in (f for f in fields(self) if f.init):
+        for f in saved_fields(self):
             value = getattr(self, f.name)
             is_schedule = isinstance(value, Schedule)
             state[f.name] = value.to_state() if is_schedule else plain(f"{name}.{f.name}", value)
@@ -111,6 +122,36 @@ class Policy:
                 for name, value in options.items()
             }
         )
+
+
+def check_policy(policy: Policy) -> None:
+    """Raises TypeError or ValueError, naming it, on what no policy can be: what it counts, its block and its effect."""
+    name, index, draw = type(policy).__name__, policy.index(2), policy.draw(2)
+    check_choice(f"{name}.index().by", index.by, ("step", "epoch"))
+    check_int(f"{name}.index().length", index.length, 1)
+    check_choice(f"{name}.draw().by", draw.by, ("step", "epoch", "never"))
+    check_int(f"{name}.draw().holds", draw.holds, 1)
+    if policy.block != "row":
+        check_int(f"{name}.block, where it is not 'row',", policy.block, 1, MAX_BLOCK)
+    check_choice(f"{name}.default_effect", policy.default_effect, EFFECTS)
+
+
+def row_of(policy: Policy, index: int, layer: int, layers: int) -> Row:
+    """``policy.row``. Raises TypeError or ValueError, naming it, on numbers that backends take for other masks."""
+    row, called = policy.row(index, layer, layers), f"{type(policy).__name__}.row({index})"
+    if not isinstance(row, Row):
+        raise TypeError(f"{called} must be a Row, got {shown(row)}")
+    if row.mask not in tuple(Mask):
+        raise ValueError(f"{called}.mask must be of contract.Mask, {list(Mask)}, got {shown(row.mask)}")
+    if row.mask == Mask.LAYER and not policy.layerwise:
+        raise ValueError(f"{called}.mask must not be Mask.LAYER of a policy without layerwise = True, got {row}")
+    if row.mask == Mask.PACKED and not isinstance(policy, StaticMask):
+        raise ValueError(f"{called}.mask must not be Mask.PACKED but of a StaticMask, which has masks, got {row}")
+    check_int(f"{called}.lo", row.lo, 0, mask_stream.HALF)
+    check_int(f"{called}.span", row.span, 0, mask_stream.HALF)
+    check_nonnegative(f"{called}.rescale", row.rescale)
+    check_nonnegative(f"{called}.noise_std", row.noise_std)
+    return row
 
 
 def policy_from_state(state: Any, current: Policy | None) -> Policy | None:
@@ -148,6 +189,8 @@ class GradDrop(Policy):
     block: int | Literal["row"] = 1
     distribution: Literal["bernoulli", "gaussian"] = "bernoulli"
     hold: int = 1
+
+    rows_differ_by_layer: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_p_or_anneal(self)
@@ -202,6 +245,8 @@ class GradDropEpoch(Policy):
     storage: Literal["packed", "regenerate"] = "packed"
     anneal: Schedule | None = None
     _bounds: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)  # of a cycle's windows
+
+    rows_differ_by_layer: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_p_or_anneal(self)
@@ -262,6 +307,7 @@ class LayerGradDrop(Policy):
     hold: int = 1
 
     layerwise: ClassVar[bool] = True
+    rows_differ_by_layer: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_p_or_anneal(self)
@@ -295,7 +341,6 @@ class GradFreeze(Policy):
     layers_per_epoch: int = 1
 
     layerwise: ClassVar[bool] = True
-    rows_differ_by_layer: ClassVar[bool] = True
     default_effect: ClassVar[str] = "freeze"
 
     def __post_init__(self) -> None:
@@ -326,6 +371,8 @@ class StaticMask(Policy):
 
     masks: Mapping[str, Tensor] | Sequence[Tensor]
     rescale: bool | None = None
+
+    rows_differ_by_layer: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_rescale(self.rescale)
@@ -391,11 +438,15 @@ def _window_row(mask: Mask, window: tuple[int, int], rescale: bool) -> Row:
 
 
 def _p_at(policy: Any, index: int) -> float:
-    return policy.anneal.p(index) if policy.anneal else policy.p
+    if policy.anneal is None:
+        return policy.p
+    p = policy.anneal.p(index)
+    check_p(f"{type(policy.anneal).__name__}.p({index})", p)
+    return float(p)
 
 
 def _index_of(anneal: Schedule | None) -> Index:
-    return Index(anneal.by, anneal.length) if anneal else Index()
+    return Index() if anneal is None else Index(anneal.by, anneal.length)
 
 
 def _check_p_or_anneal(policy: Any) -> None:
@@ -408,6 +459,9 @@ def _check_p_or_anneal(policy: Any) -> None:
         check_p("p", p)
     elif not isinstance(anneal, Schedule):
         raise TypeError(f"anneal must be a schedule such as LinearAnneal, got {shown(anneal)}")
+    else:
+        check_choice(f"{type(anneal).__name__}.by", anneal.by, ("step", "epoch"))
+        check_int(f"{type(anneal).__name__}.length", anneal.length, 1)
 
 
 def _check_rescale(rescale: Any) -> None:

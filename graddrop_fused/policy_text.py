@@ -79,9 +79,12 @@ def _word(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?<!Grad)(?=[A-Z])", "-", name).lower()
 
 
+def _bare(name: str) -> str:
+    return re.sub("[-_]", "", name).lower()
+
+
 def _class(kind: str, name: Any, classes: dict[str, type], where: Any) -> type:
-    bare = {name.lower(): cls for name, cls in classes.items()}
-    found = bare.get(str(name).replace("-", "").replace("_", "").lower())
+    found = {_bare(name): cls for name, cls in classes.items()}.get(_bare(str(name)))
     if found is None:
         words = [_word(name) for name in classes]
         near = get_close_matches(str(name).lower(), words, 1)
@@ -138,10 +141,11 @@ def _build(cls: type, options: dict[str, Any], source: Any) -> Any:
 
 def _split(body: str, text: str) -> list[str]:
     """At the commas that stand neither in parentheses nor in quotes."""
-    items, depth, quote = [""], 0, ""
+    items, depth, quote, escaped = [""], 0, "", False
     for character in body:
         if quote:
-            quote = "" if character == quote else quote
+            quote = "" if character == quote and not escaped else quote
+            escaped = character == "\\" and not escaped
         elif character in "'\"":
             quote = character
         elif character in "()":

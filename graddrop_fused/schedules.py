@@ -4,10 +4,10 @@ To add one: subclass :class:`Schedule` with a frozen dataclass and give ``by``, 
 loaded by its class's name, wherever it is defined.
 """
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from .checks import check_int, check_p, make_plain, plain, shown
+from .checks import check_int, check_p, make_plain, plain, saved_fields, shown
 from .mask_stream import WORD
 
 
@@ -35,11 +35,10 @@ class Schedule:
         raise NotImplementedError
 
     def to_state(self) -> dict[str, Any]:
-        """Plain numbers and strings, for a checkpoint. Raises TypeError if it is no dataclass or holds others."""
-        if not is_dataclass(self):
-            raise TypeError(f"{type(self).__name__} must be a frozen dataclass, so that a checkpoint can hold it")
-        values = {f.name: plain(f"{type(self).__name__}.{f.name}", getattr(self, f.name)) for f in fields(self)}
-        return {"schedule": type(self).__name__, **values}
+        """Plain numbers and strings, for a checkpoint. Raises TypeError on others, and if it is no frozen dataclass."""
+        name = type(self).__name__
+        values = {f.name: plain(f"{name}.{f.name}", getattr(self, f.name)) for f in saved_fields(self)}
+        return {"schedule": name, **values}
 
     @staticmethod
     def from_state(state: Any) -> "Schedule":

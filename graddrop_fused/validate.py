@@ -23,7 +23,7 @@ from .groups import (
     static_mask,
 )
 from .names import canonical_name, numbered_block
-from .policies import EFFECTS, Policy, StaticMask
+from .policies import EFFECTS, Policy, StaticMask, check_policy
 from .rules import Rule
 from .shards import local, place_problem
 
@@ -77,6 +77,7 @@ def policy(drop: Any, effect: Any) -> None:
             "drop must be None or a policy such as GradDrop(p=0.1), or policy('graddrop:p=0.1') made from a text, got "
             f"{shown(drop)}"
         )
+    check_policy(drop)
     drop.check_effect(effect_of({"drop": drop, "effect": effect}).name.lower())
     drop.to_state()  # what cannot be saved would fail at the first checkpoint, after the training
 
@@ -94,6 +95,9 @@ def new_group(
         raise TypeError("params must be an ordered collection, got a set, whose order changes between runs")
     params = list(params)
     named = [entry if isinstance(entry, tuple) else (None, entry) for entry in params]
+    for entry in named:
+        if len(entry) != 2 or not isinstance(entry[0], str | None):
+            raise TypeError(f"params must hold tensors or (name, tensor) pairs, got {shown(entry)}")
     for index, (name, value) in enumerate(named):
         param("a parameter" if name is None else f"parameter {name!r}", value, index)
     listed_once(named, others)
@@ -271,22 +275,34 @@ def no_shared_memory(every: Sequence[Member]) -> None:
             start = part.data_ptr()
             spans.append((start, start + _extent(part) * part.element_size(), member))
     spans.sort(key=lambda span: span[:2])
-    for (_, stop, first), (start, _, second) in zip(spans, spans[1:], strict=False):
-        if start < stop and _elements_meet(local(first.param), local(second.param)):
+    interleaved: list[list[Member]] = []  # those between whose first and last elements others' lie
+    reached = 0
+    for start, stop, member in spans:
+        if start < reached:
+            interleaved[-1].append(member)
+        else:
+            interleaved.append([member])
+        reached = max(reached, stop)
+    for cluster in interleaved:
+        if len(cluster) > 1:
+            _no_common_elements(cluster)
+
+
+def _no_common_elements(cluster: Sequence[Member]) -> None:
+    parts = [local(member.param) for member in cluster]
+    base, size, dtype = parts[0].data_ptr(), parts[0].element_size(), parts[0].dtype
+    places = [divmod(part.data_ptr() - base, size) for part in parts]
+    extent = max(offset + _extent(part) for part, (offset, _) in zip(parts, places, strict=True))
+    owner = torch.zeros(extent, dtype=torch.int32, device="cpu")  # of each element: 1 + its place in the cluster
+    for i, (part, (offset, rest)) in enumerate(zip(parts, places, strict=True)):
+        elements = owner.as_strided(part.shape, part.stride(), offset)
+        taken = i if part.dtype != dtype or rest else int(elements.max())
+        if taken:
             raise ValueError(
-                f"parameters {first.called} and {second.called} must not share memory (a fused pass would update their "
-                "common elements twice at once)"
+                f"parameters {cluster[taken - 1].called} and {cluster[i].called} must not share memory (a fused pass "
+                "would update their common elements twice at once)"
             )
-
-
-def _elements_meet(first: Tensor, second: Tensor) -> bool:
-    base, size = first.data_ptr(), first.element_size()
-    if first.dtype != second.dtype or (second.data_ptr() - base) % size:
-        return True
-    offset = (second.data_ptr() - base) // size
-    taken = torch.zeros(max(_extent(first), offset + _extent(second)), dtype=torch.bool, device="cpu")
-    taken.as_strided(first.shape, first.stride(), 0).fill_(True)
-    return bool(taken.as_strided(second.shape, second.stride(), offset).any())
+        elements.fill_(i + 1)
 
 
 def _extent(tensor: Tensor) -> int:

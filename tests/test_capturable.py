@@ -3,6 +3,7 @@
 No GPU is needed: what a CUDA graph capture forbids is checked on meta tensors (fake_gpu.py).
 """
 
+from dataclasses import dataclass
 from decimal import Decimal, localcontext
 
 import fake_gpu
@@ -10,8 +11,9 @@ import pytest
 import torch
 from policy_cases import CASES, LAYERS, PER_EPOCH, SHAPES, build, gradients
 
-from graddrop_fused import GradDrop, GradDropAdamW, attach
+from graddrop_fused import GradDrop, GradDropAdamW, Policy, attach
 from graddrop_fused.contract import Real
+from graddrop_fused.policies import DROP, KEEP
 from graddrop_fused.rules import AdamW
 from graddrop_fused.skip import skip_dropped_layers
 from graddrop_fused.tables import runs
@@ -59,6 +61,29 @@ def test_equals_the_eager_run_bit_for_bit(name, options):
         assert on_host.state[p].keys() == on_device.state[q].keys()
         for entry, value in on_host.state[p].items():
             assert torch.equal(value, on_device.state[q][entry])
+
+
+@dataclass(frozen=True)
+class FirstLayer(Policy):
+    """One of the user's own, without a word about what its rows differ by."""
+
+    p: float
+
+    def row(self, index, layer, layers):
+        return DROP if layer else KEEP
+
+
+@dataclass(frozen=True)
+class FirstLayerOfOurs(GradDrop):
+    row = FirstLayer.row
+
+
+@pytest.mark.parametrize("policy", [FirstLayer, FirstLayerOfOurs])
+def test_rows_of_ones_own_policy_may_differ_by_layer(policy):
+    for capturable in (False, True):
+        params, opt = run(policy(0.5), "freeze", capturable, tell=False)
+        start, _ = build([None] * 3, ["freeze"] * 3)
+        assert [torch.equal(p, q) for p, q in zip(params, start, strict=True)] == [False, True, True]
 
 
 @pytest.fixture

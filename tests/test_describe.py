@@ -1,5 +1,7 @@
 """describe(): the table against keep_mask, which draws the masks themselves."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import transformers as hf
@@ -11,12 +13,15 @@ from graddrop_fused import (
     GradFreeze,
     LayerGradDrop,
     LinearAnneal,
+    Policy,
+    Schedule,
     StaticMask,
     attach,
     param_groups,
 )
 from graddrop_fused.describe import HEADER, describe
 from graddrop_fused.log_values import log_values
+from graddrop_fused.policies import KEEP
 
 SIZES = {
     "hidden_size": 64,
@@ -157,6 +162,38 @@ def test_accelerate_s_wrapper(model):
     optimizer = GradDropAdamW(param_groups(model, drop=GradDrop(p=0.5)))
     assert str(describe(Wrapper(optimizer))) == str(describe(optimizer))
     assert log_values(Wrapper(optimizer)) == log_values(optimizer)
+
+
+@dataclass(frozen=True)
+class Listed(Schedule):
+    values: tuple
+    by = "step"
+
+    @property
+    def length(self):
+        return len(self.values)
+
+    def p(self, index):
+        return self.values[index]
+
+
+@dataclass(frozen=True)
+class ByLayer(Policy):
+    p: tuple
+
+    def row(self, index, layer, layers):
+        return KEEP
+
+
+def test_log_values_of_ones_own_policies(model):
+    optimizer = GradDropAdamW(param_groups(model, drop=GradDrop(anneal=Listed((0.5, 0.25)))))
+    shown = []
+    for _ in range(4):
+        values = log_values(optimizer)
+        shown.append((values["graddrop_p"], values["graddrop_active"]))
+        optimizer.step()
+    assert shown == [(0.5, 0.5), (0.25, 0.75), (0.25, 0.75), (0.25, 0.75)]
+    assert "graddrop_p" not in log_values(GradDropAdamW(param_groups(model, drop=ByLayer((0.1, 0.2)))))
 
 
 @pytest.mark.parametrize("source", [None, 3, "adamw", [torch.ones(2)], torch.nn.Linear(2, 2)])

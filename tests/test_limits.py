@@ -13,7 +13,7 @@ import torch
 from sides import CLASSES, backends, difference, same
 from test_hostile_checkpoints import everything
 
-from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch
+from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, LinearAnneal
 from graddrop_fused.contract import Integer, Layout, Real
 
 
@@ -78,6 +78,20 @@ def test_a_hundred_thousand_parameters():
         mask = opt.keep_mask(params[at])
         assert same(params[at].detach() != 0, mask)
     assert float(opt.state[params[-1]]["step"]) == 2
+
+
+@pytest.mark.parametrize("backend", backends()[-1:])
+def test_steps_of_a_schedule_leave_nothing_behind(backend):
+    params, opt = made(1, backend, drop=GradDrop(anneal=LinearAnneal(0.9, total_steps=10**6)))
+    opt.step()
+    tracemalloc.start()
+    try:
+        for _ in range(300):
+            opt.step()
+        grown, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert grown < 300 * 50, grown
 
 
 @pytest.mark.parametrize("backend", backends())

@@ -140,6 +140,15 @@ def test_epoch_bounds(p):
     assert all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
 
 
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.9, 0.97])
+def test_numpy_s_p_is_python_s(kind, p):
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed: torch works without it")
+    p = getattr(numpy, kind)(p)
+    for function in (mask_stream.bernoulli_window, mask_stream.epoch_bounds):
+        assert function(p) == function(float(p))
+
+
 def test_no_two_of_200000_expert_names_collide():
     """Ids of 32 bits gave three pairs on a model of 60 layers x 384 experts x 3 matrices."""
     called = [

@@ -7,6 +7,8 @@ import copy
 import io
 import pickle
 import warnings
+from dataclasses import dataclass, field
+from enum import Enum
 
 import pytest
 import torch
@@ -21,14 +23,16 @@ from graddrop_fused import (
     GradFreeze,
     LayerGradDrop,
     Policy,
+    Schedule,
     StaticMask,
     attach,
     keep_mask,
     pack_mask,
     param_groups,
-    policies,
 )
+from graddrop_fused.contract import Mask
 from graddrop_fused.masked import MaskedOptimizer
+from graddrop_fused.policies import KEEP, Draw, Index, Row
 
 SHAPES = {"a": (17, 23), "b": (33,), "c": (5, 5)}
 
@@ -158,6 +162,20 @@ def test_what_no_longer_fits_is_refused_by_name(change, backend):
     assert optimizer.draw == draw and [float(optimizer.state[p]["step"]) for p in others.values()] == steps
     for name, p in others.items():
         assert torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_common_elements_are_found_whatever_lies_between(backend):
+    memory = torch.zeros(100)
+    views = {"long": memory[::2], "between": memory[1:4:2], "last": memory[50:60:2]}
+    params = {name: nn.Parameter(view) for name, view in views.items()}
+    optimizer = GradDropAdamW(params.items(), backend=backend)
+    give(params)
+    with pytest.raises(ValueError, match="parameters 'long' and 'last' must not share memory"):
+        optimizer.step()
+    assert not memory.any()
+    params["last"].grad = None
+    optimizer.step()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -507,6 +525,27 @@ def test_whatever_is_accepted_can_be_saved_and_loaded_again():
     assert other.param_groups[0]["drop"] == GradDrop(0.25) and other.param_groups[0]["lr"] == 0.5
 
 
+def test_strings_of_every_class_can_be_saved():
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed: torch works without it")
+
+    class Name(str, Enum):
+        FIRST = "first"
+
+    groups = [
+        {"params": [(numpy.str_("a"), nn.Parameter(torch.ones(3)))], "layer": Name.FIRST},
+        {"params": [("b", nn.Parameter(torch.ones(3)))], "layer": numpy.str_("last"), "effect": numpy.str_("freeze")},
+    ]
+    optimizer = GradDropAdamW(groups, drop=GradFreeze(numpy.str_("bottom-up")), rounding=numpy.str_("nearest"))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    optimizer.load_state_dict(loaded)
+    first, last = loaded["param_groups"]
+    assert (first["layer"], first["param_names"], last["layer"], last["effect"]) == ("first", ["a"], "last", "freeze")
+    assert optimizer.param_groups[0]["drop"] == GradFreeze("bottom-up")
+
+
 @pytest.mark.parametrize("kind", ["float64", "float32", "float16"])
 def test_numpy_s_numbers_are_python_s(kind):
     numpy = pytest.importorskip("numpy", reason="numpy is not installed: torch works without it")
@@ -607,10 +646,144 @@ def test_a_checkpoint_of_another_policy_says_that_it_wins():
 def test_a_policy_that_no_checkpoint_could_hold_is_refused_at_once():
     class Plain(Policy):
         def row(self, index, layer, layers):
-            return policies.KEEP
+            return KEEP
 
-    with pytest.raises(TypeError, match="Plain must be a frozen dataclass"):
-        GradDropAdamW(nn.Linear(3, 3).parameters(), drop=Plain())
+    @dataclass
+    class Changeable(Plain):
+        p: float
+
+    @dataclass
+    class Moving(Schedule):
+        by = "step"
+        length = 3
+
+    for drop in (Plain(), Changeable(0.5), GradDrop(anneal=Moving())):
+        with pytest.raises(TypeError, match="(Plain|Changeable|Moving) must be a frozen dataclass"):
+            GradDropAdamW(nn.Linear(3, 3).parameters(), drop=drop)
+
+
+def test_a_schedule_of_ones_own_with_a_field_that_it_computes():
+    @dataclass(frozen=True)
+    class Halves(Schedule):
+        start: float
+        values: tuple = field(init=False)
+        by = "step"
+        length = 3
+
+        def __post_init__(self):
+            object.__setattr__(self, "values", (self.start, self.start / 2, self.start / 4))
+
+        def p(self, index):
+            return self.values[index]
+
+    drop = GradDrop(anneal=Halves(0.8))
+    params, optimizer = made("reference", drop=drop)
+    optimizer.step()
+    other = made("reference", drop=drop)[1]
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["drop"] == drop and other.draw == 1
+
+
+def schedule(value=0.5, by="step", length=3):
+    """One of the user's own, of one value, or of what it does wrong."""
+
+    @dataclass(frozen=True)
+    class Own(Schedule):
+        def p(self, index):
+            return value
+
+    Own.by, Own.length = by, length
+    return Own()
+
+
+@pytest.mark.parametrize("distribution", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize(
+    "value", [float("nan"), 1.0, 1, -0.5, 1.5, 1 - 1e-9, True, None, "0.5", torch.tensor(0.5)], ids=str
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_schedule_of_ones_own_that_gives_no_probability(backend, value, distribution):
+    params, optimizer = made(backend, drop=GradDrop(anneal=schedule(value), distribution=distribution))
+    before = everything(params, optimizer)
+    with pytest.raises((TypeError, ValueError), match=r"^Own\.p\(0\) must be .*, got "):
+        optimizer.step()
+    assert_unchanged(before, params, optimizer)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"by": "epochs"}, "Own.by must be 'step' or 'epoch', got 'epochs'"),
+        ({"by": None}, "Own.by must be 'step' or 'epoch', got None"),
+        ({"length": 0}, "Own.length must be an integer of at least 1, got 0"),
+        ({"length": 3.0}, "Own.length must be an integer of at least 1, got 3.0"),
+    ],
+)
+def test_a_schedule_of_ones_own_that_counts_nothing(wrong, message):
+    for policy in (GradDrop, LayerGradDrop):
+        with pytest.raises((TypeError, ValueError), match=message):
+            policy(anneal=schedule(**wrong))
+
+
+def policy_of_ones_own(row=KEEP, index=None, draw=None, **attributes):
+    @dataclass(frozen=True)
+    class Own(Policy):
+        def index(self, layers):
+            return index or Index()
+
+        def draw(self, layers):
+            return draw or Draw()
+
+        def row(self, index, layer, layers):
+            return row
+
+    for name, value in attributes.items():
+        setattr(Own, name, value)
+    return Own()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"index": Index("steps")}, r"Own.index\(\).by must be 'step' or 'epoch', got 'steps'"),
+        ({"index": Index("step", 0)}, r"Own.index\(\).length must be an integer of at least 1, got 0"),
+        ({"draw": Draw("batch")}, r"Own.draw\(\).by must be 'step' or 'epoch' or 'never', got 'batch'"),
+        ({"draw": Draw("step", 0)}, r"Own.draw\(\).holds must be an integer of at least 1, got 0"),
+        ({"block": 0}, "Own.block, where it is not 'row', must be an integer in .*, got 0"),
+        ({"block": "rows"}, "Own.block, where it is not 'row', must be an integer in .*, got 'rows'"),
+        ({"default_effect": "frozen"}, "Own.default_effect must be 'gradient' or 'freeze' or 'update', got 'frozen'"),
+    ],
+)
+def test_a_policy_of_ones_own_that_counts_nothing(wrong, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        made("reference", drop=policy_of_ones_own(**wrong))
+    with pytest.raises((TypeError, ValueError), match=message):
+        attach(torch.optim.SGD(nn.Linear(3, 3).parameters()), policy_of_ones_own(**wrong))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (None, " must be a Row, got None"),
+        (Row(9, 0, 30000), ".mask must be of contract.Mask, .*, got 9"),
+        (Row(Mask.PACKED), ".mask must not be Mask.PACKED but of a StaticMask"),
+        (Row(Mask.LAYER, 0, 30000), ".mask must not be Mask.LAYER of a policy without layerwise = True"),
+        (Row(Mask.ELEMENT, 0, 2**16), ".span must be an integer in .*, got 65536"),
+        (Row(Mask.ELEMENT, 0, -1), ".span must be an integer in .*, got -1"),
+        (Row(Mask.ELEMENT, -5, 30000), ".lo must be an integer in .*, got -5"),
+        (Row(Mask.ELEMENT, 0.5, 3), ".lo must be an integer in .*, got 0.5"),
+        (Row(Mask.ELEMENT, 0, 30000, float("nan")), ".rescale must be finite and at least 0, got nan"),
+        (Row(Mask.GAUSSIAN, noise_std=float("inf")), ".noise_std must be finite and at least 0, got inf"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_policy_of_ones_own_with_a_row_that_means_no_mask(backend, row, message, capturable):
+    """Backends would draw different masks by it, or read words that are not there."""
+    params, optimizer = made(backend, drop=policy_of_ones_own(row), capturable=capturable)
+    before = everything(params, optimizer)
+    with pytest.raises((TypeError, ValueError), match=r"^Own\.row\(0\)" + message):
+        optimizer.step()
+    assert_unchanged(before, params, optimizer)
 
 
 def test_a_static_mask_is_copied():

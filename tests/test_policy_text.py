@@ -171,3 +171,14 @@ def test_a_policy_of_ones_own():
     assert policy("every-other:parity=1") == EveryOther(1)
     assert policy(policy_to_text(EveryOther(1, "no 'quotes'"))) == EveryOther(1, "no 'quotes'")
     assert policy_to_text(EveryOther(name="1e5")) == "every-other:name='1e5'"
+    for name in ("'both' \"kinds\"", "'\"\\", "\\", "\\'\"", "a=b, c(", "\n"):
+        assert policy(policy_to_text(EveryOther(name=name))) == EveryOther(name=name)
+
+
+def test_a_class_with_underscores_in_its_name():
+    @dataclass(frozen=True)
+    class _Drop_Late(Policy):
+        after: int
+
+    for text in ("_Drop_Late(after=3)", "drop-late:3", "droplate:after=3", policy_to_text(_Drop_Late(3))):
+        assert policy(text) == _Drop_Late(3)

@@ -48,6 +48,8 @@ BAD = [
     (lambda: GradDropAdamW([torch.zeros(3, dtype=torch.int64)]), "must be float32"),
     (lambda: GradDropAdamW([torch.zeros(3).expand(2, 3)]), "must not be expanded"),
     (lambda: GradDropAdamW([(p := torch.zeros(3)), p]), "twice"),
+    (lambda: GradDropAdamW([(3, torch.zeros(3))]), r"params must hold .* got \(3, a tensor"),
+    (lambda: GradDropAdamW([("a", torch.zeros(3), 0.1)]), r"params must hold .* got \('a', a tensor"),
     (lambda: make(steps_per_epoch=3).set_epoch(1), "steps_per_epoch=3"),
     (lambda: make().set_epoch(-1), "epoch must be"),
 ]
