@@ -247,6 +247,42 @@ def test_skipping_in_the_trainer_changes_nothing(tmp_path):
         assert torch.equal(p, q)
 
 
+class Inherits(GradDropCallback):
+    def on_train_begin(self, *args, **kwargs):
+        super().on_train_begin(*args, **kwargs)
+
+
+class Contains(hf.TrainerCallback):
+    def __init__(self, **options):
+        self.inner = GradDropCallback(**options)
+
+    def on_train_begin(self, *args, **kwargs):
+        self.inner.on_train_begin(*args, **kwargs)
+
+    def on_epoch_begin(self, *args, **kwargs):
+        self.inner.on_epoch_begin(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Inherits, Contains])
+@pytest.mark.parametrize("option", ["skip_dropped_layers", "release_gradients"])
+def test_a_callback_that_calls_ours(option, kind, tmp_path):
+    """What runs between the Trainer's handler and ours is not the training loop."""
+    missing = []
+
+    class Count(hf.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
+            missing.append(sum(p.grad is None for p in model.parameters()))
+            assert unwrap(optimizer).epoch == state.global_step // 6
+
+    args = arguments(tmp_path, save_strategy="no", num_train_epochs=2, max_grad_norm=0)
+    trainer = build_trainer(args, GradFreeze("top-down"))
+    trainer.remove_callback(GradDropCallback)
+    trainer.add_callback(kind(**{option: True}))
+    trainer.add_callback(Count())
+    trainer.train()
+    assert all(missing)
+
+
 @pytest.mark.parametrize("max_grad_norm", [1.0, 1e-3])
 def test_skipping_refuses_to_clip(max_grad_norm, tmp_path):
     args = arguments(tmp_path, save_strategy="no", max_grad_norm=max_grad_norm)
