@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .attach import inside_wrappers
 from .contract import Effect
 from .groups import effect_of, is_layerwise, shown_policies
 from .masked import MaskedOptimizer
@@ -67,16 +68,14 @@ def has_closure(args: tuple, kwargs: dict[str, Any]) -> bool:
 
 def unwrap(optimizer: Optimizer) -> MaskedOptimizer:
     """The masked optimizer inside Accelerate's and Lightning's wrappers. Raises TypeError if there is none."""
-    inner: Any = optimizer
-    while not isinstance(inner, MaskedOptimizer):
-        if not isinstance(getattr(inner, "optimizer", None), Optimizer):
-            inside = "" if inner is optimizer else f" around {type(inner).__name__}"
-            raise TypeError(
-                "optimizer must be a masked optimizer such as GradDropAdamW, or a wrapper around one, got "
-                f"{type(optimizer).__name__}{inside}. The Trainer makes a masked one if it is given "
-                "optimizer_cls_and_kwargs=graddrop_optimizer(args, drop=...)"
-            )
-        inner = inner.optimizer
+    inner = inside_wrappers(optimizer)  # first: Lightning's wrapper is of a masked optimizer's class itself
+    if not isinstance(inner, MaskedOptimizer):
+        inside = "" if inner is optimizer else f" around {type(inner).__name__}"
+        raise TypeError(
+            "optimizer must be a masked optimizer such as GradDropAdamW, or a wrapper around one, got "
+            f"{type(optimizer).__name__}{inside}. The Trainer makes a masked one if it is given "
+            "optimizer_cls_and_kwargs=graddrop_optimizer(args, drop=...)"
+        )
     return inner
 
 
