@@ -279,9 +279,13 @@ class Recorder(Logger):
 
 
 def test_what_is_logged(tmp_path):
-    recorder = Recorder()
-    fit(Classifier(GradDropEpoch(p=0.75)), tmp_path, logger=recorder, log_every_n_steps=2)
+    recorder, callback = Recorder(), GradDropCallback()
+    fit(Classifier(GradDropEpoch(p=0.75)), tmp_path, callback=callback, logger=recorder, log_every_n_steps=2)
     ours = [(step, m) for step, m in recorder.metrics if "graddrop_active" in m]
     assert [step for step, _ in ours] == [2, 4, 6, 8, 10, 12]
     assert [m["graddrop_epoch"] for _, m in ours] == [0, 0, 1, 1, 2, 2]
     assert [m["graddrop_active"] for _, m in ours] == pytest.approx([0.25, 0.25, 0.5, 0.5, 0.75, 0.75], abs=1e-4)
+
+    again = Recorder()  # by the same callback, whose last fit logged the same step last
+    fit(Classifier(GradDropEpoch(p=0.75)), tmp_path, callback=callback, logger=again, log_every_n_steps=12)
+    assert [step for step, m in again.metrics if "graddrop_active" in m] == [12]
