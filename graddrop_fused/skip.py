@@ -56,8 +56,8 @@ def skip_dropped_layers(model: nn.Module, optimizer: Optimizer) -> "SkippedLayer
         TypeError: on another optimizer. ValueError: if it has none of the model's parameters or no policy of whole
             layers, or the model is a DataParallel; there and in a forward pass, if the model uses reentrant activation
             checkpointing, which loses all gradients behind a switched-off layer. RuntimeError: from the step of
-            another optimizer, if it has a parameter that was switched off; from a step some of whose gradients were
-            made under other masks.
+            another optimizer, if it has a parameter that was switched off; from a step if gradients were there when
+            its masks changed. (Two forward passes under different masks before one backward pass go unnoticed.)
     """
     return SkippedLayers(model, unwrap(optimizer))
 
