@@ -82,7 +82,7 @@ class Watch(hf.TrainerCallback):
             raise Interrupted
 
 
-def arguments(folder, **options):
+def arguments(folder, kind=hf.TrainingArguments, **options):
     defaults = {
         "per_device_train_batch_size": BATCH,
         "num_train_epochs": 3,
@@ -96,7 +96,7 @@ def arguments(folder, **options):
         "dataloader_pin_memory": False,
         "seed": 3,
     }
-    return hf.TrainingArguments(output_dir=str(folder), **{**defaults, **options})
+    return kind(output_dir=str(folder), **{**defaults, **options})
 
 
 def build_trainer(args, drop, watch=None, count=24, **options):
@@ -182,6 +182,15 @@ def test_plain_class_and_keywords(tmp_path):
     assert [g["weight_decay"] for g in trainer.optimizer.param_groups] == [0.1, 0.0]
     kept = torch.cat([mask.flatten() for mask in watch.masks[0]]).float().mean()
     assert 0.45 < kept < 0.55
+
+
+def test_a_trainer_that_is_given_the_class_later(tmp_path):
+    options = {"save_strategy": "no", "num_train_epochs": 1}
+    args = arguments(tmp_path, kind=hf.Seq2SeqTrainingArguments, **options)
+    trainer = hf.Seq2SeqTrainer(build_model(), args, train_dataset=examples(), callbacks=[GradDropCallback()])
+    trainer.optimizer_cls_and_kwargs = graddrop_optimizer(args, drop=GradDropEpoch(p=0.6))
+    trainer.train()
+    assert (unwrap(trainer.optimizer).draw, unwrap(trainer.optimizer).epoch) == (6, 0)
 
 
 def test_arguments_reach_the_optimizer(tmp_path):
