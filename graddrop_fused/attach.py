@@ -2,8 +2,9 @@
 
 import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import FrameType
 from typing import Any, NoReturn, cast
 
@@ -23,6 +24,7 @@ from .numbers import HostNumbers
 from .policies import Policy, policy_from_state
 from .rules import MaskOnly
 from .shards import local, local_gradient, placed_like
+from .step_hooks import once_gradients_are_there
 from .tables import group_step
 
 _HANDLE = "_graddrop_handle"
@@ -211,25 +213,7 @@ class MaskHandle:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return None
-        draw = self._clock.next_draw()
-        step_args = args[1:]  # the first one is the optimizer
-        closure = step_args[0] if step_args else kwargs.get("closure")
-        if closure is None:
-            self._mask(draw)
-            return None
-        masked = self._masking(closure, draw)
-        if step_args:
-            return (args[0], masked, *step_args[1:]), kwargs
-        return args, {**kwargs, "closure": masked}
-
-    def _masking(self, closure: Callable[[], Any], draw: int) -> Callable[[], Any]:
-        def evaluate() -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            self._mask(draw)
-            return loss
-
-        return evaluate
+        return once_gradients_are_there(args, kwargs, partial(self._mask, self._clock.next_draw()))
 
     @torch.no_grad()
     def _mask(self, draw: int) -> None:

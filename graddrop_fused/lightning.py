@@ -43,10 +43,10 @@ class GradDropCallback(Callback):
         self.skip_dropped_layers = skip_dropped_layers
         self.log_masks = log
         self._skipped: list[SkippedLayers] = []
-        self._logged = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_skipping()
+        self._logged = 0
         self._optimizers = [opt for opt in trainer.optimizers if isinstance(opt, MaskedOptimizer)]
         if not self._optimizers:
             found = [type(opt).__name__ for opt in trainer.optimizers]

@@ -47,7 +47,7 @@ class ModuleCalls:
         self.without_grad = torch.compiler.disable(self._without_grad)
         self._in_reentrant_checkpoint = in_reentrant_checkpoint
         self.running = self.noting = self.removed = False
-        # A compiled model's wrapper would hand the attribute on to the model
+        # A compiled model's wrapper calls the model
         self._calls = [_Call(self, module) for module in model.modules() if "_orig_mod" not in module._modules]
 
     def remove(self) -> None:
@@ -71,6 +71,7 @@ class ModuleCalls:
         self._before_compiled()
 
 
+_IMPL = "_compiled_call_impl"
 _REENTRANT = CheckpointFunction.forward.__code__
 
 
@@ -96,7 +97,9 @@ class StandIn:
     def install(self) -> None:
         self.compiled = self.module._compiled_call_impl
         self.inner = self.compiled or self.module._call_impl
-        self.module._compiled_call_impl = self  # type: ignore[assignment]
+        self.module.__dict__[_IMPL] = (
+            self  # not by setattr, which Fabric's wrapper hands on to the module that it wraps
+        )
 
     @property
     def is_compiled(self) -> bool:
@@ -115,9 +118,9 @@ class StandIn:
     def remove(self) -> None:
         if self.module._compiled_call_impl is not self:
             return  # another stands before us, and we let everything through
-        del self.module._compiled_call_impl
+        del self.module.__dict__[_IMPL]
         if self.compiled is not None:
-            self.module._compiled_call_impl = self.compiled
+            self.module.__dict__[_IMPL] = self.compiled
 
 
 class _Call(StandIn):

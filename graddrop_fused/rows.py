@@ -19,7 +19,8 @@ from .masked import MaskedOptimizer
 from .module_calls import StandIn
 from .numbers import rows_at
 from .release import ReleasedGradients
-from .skip import has_closure, unwrap
+from .skip import unwrap
+from .step_hooks import once_gradients_are_there
 from .training_loop import TrainingLoop
 
 HOST = torch.device("cpu")
@@ -106,20 +107,25 @@ class SkippedRows:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _before_any_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_any_step(
+        self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        if optimizer is self._optimizer:
+            return once_gradients_are_there(args, kwargs, self._before_update)
         left_out = self._draws.left_out
         if not left_out or not self._loop.is_running():
-            return
-        if optimizer is self._optimizer:
-            if not has_closure(args, kwargs):
-                self._draws.bring_up_to_date()
-            return
+            return None
         if any(id(p) in left_out for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step() has parameters of whose gradients skip_dropped_rows left rows out "
                 f"for a {type(self._optimizer).__name__}, which has not stepped since. End the skipping by its "
                 "handle's remove() before another optimizer trains the model"
             )
+        return None
+
+    def _before_update(self) -> None:
+        if self._draws.left_out and self._loop.is_running():
+            self._draws.bring_up_to_date()
 
 
 class _Call(StandIn):

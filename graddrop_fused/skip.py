@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .attach import inside_wrappers
 from .contract import Effect
 from .groups import effect_of, is_layerwise, shown_policies
 from .masked import MaskedOptimizer
 from .module_calls import ModuleCalls, in_reentrant_checkpoint
 from .shards import local
+from .step_hooks import once_gradients_are_there
 
 # Before torch 2.12 a graph that was compiled while a parameter was off goes on to serve when it is on again, and gives
 # it no gradient (pytorch/pytorch#139476; seen in 2.11, and not in 2.12).
@@ -54,29 +56,22 @@ def skip_dropped_layers(model: nn.Module, optimizer: Optimizer) -> "SkippedLayer
         TypeError: on another optimizer. ValueError: if it has none of the model's parameters or no policy of whole
             layers, or the model is a DataParallel; there and in a forward pass, if the model uses reentrant activation
             checkpointing, which loses all gradients behind a switched-off layer. RuntimeError: from the step of
-            another optimizer, if it has a parameter that was switched off; from a step some of whose gradients were
-            made under other masks.
+            another optimizer, if it has a parameter that was switched off; from a step if gradients were there when
+            its masks changed. (Two forward passes under different masks before one backward pass go unnoticed.)
     """
     return SkippedLayers(model, unwrap(optimizer))
 
 
-def has_closure(args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Of a step's arguments, as hooks are given them: the optimizer itself comes first."""
-    return kwargs.get("closure", args[1] if len(args) > 1 else None) is not None
-
-
 def unwrap(optimizer: Optimizer) -> MaskedOptimizer:
     """The masked optimizer inside Accelerate's and Lightning's wrappers. Raises TypeError if there is none."""
-    inner: Any = optimizer
-    while not isinstance(inner, MaskedOptimizer):
-        if not isinstance(getattr(inner, "optimizer", None), Optimizer):
-            inside = "" if inner is optimizer else f" around {type(inner).__name__}"
-            raise TypeError(
-                "optimizer must be a masked optimizer such as GradDropAdamW, or a wrapper around one, got "
-                f"{type(optimizer).__name__}{inside}. The Trainer makes a masked one if it is given "
-                "optimizer_cls_and_kwargs=graddrop_optimizer(args, drop=...)"
-            )
-        inner = inner.optimizer
+    inner = inside_wrappers(optimizer)  # first: Lightning's wrapper is of a masked optimizer's class itself
+    if not isinstance(inner, MaskedOptimizer):
+        inside = "" if inner is optimizer else f" around {type(inner).__name__}"
+        raise TypeError(
+            "optimizer must be a masked optimizer such as GradDropAdamW, or a wrapper around one, got "
+            f"{type(optimizer).__name__}{inside}. The Trainer makes a masked one if it is given "
+            "optimizer_cls_and_kwargs=graddrop_optimizer(args, drop=...)"
+        )
     return inner
 
 
@@ -238,23 +233,28 @@ class SkippedLayers:
         self._decide(set())
         self._stale = []
 
-    def _before_any_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        known = self._optimizer._switched_off
-        if not (self._decided or self._stale) or not self._is_in_its_loop():
-            return
+    def _before_any_step(
+        self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         if optimizer is self._optimizer:
-            if has_closure(args, kwargs):  # it may run backward, and clear gradients before
-                return
-            if self._optimizer._inside_backward is None and all(p.grad is None for p in self._params):
-                self._decide(set())  # no backward pass was, and nothing is missing
-            self._check_same_masks()
-            return
+            return once_gradients_are_there(args, kwargs, self._before_update)
+        known = self._optimizer._switched_off
+        if not self._decided or not self._is_in_its_loop():
+            return None
         if any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step() has parameters whose gradients were left out by "
                 f"skip_dropped_layers for a {type(self._optimizer).__name__}, which has not stepped since. End the "
                 "skipping by its handle's remove() before another optimizer trains the model"
             )
+        return None
+
+    def _before_update(self) -> None:
+        if not (self._decided or self._stale) or not self._is_in_its_loop():
+            return
+        if self._optimizer._inside_backward is None and all(p.grad is None for p in self._params):
+            self._decide(set())  # no backward pass was, and nothing is missing
+        self._check_same_masks()
 
     def _is_in_its_loop(self) -> bool:
         frame = sys._getframe() if self._within is not None else None

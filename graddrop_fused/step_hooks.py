@@ -1,4 +1,4 @@
-"""What torch puts around an optimizer's ``step``: hooks, and a record for profilers."""
+"""What torch puts around an optimizer's ``step``: hooks, and a record for profilers; what a hook does with closures."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -44,3 +44,23 @@ def profile_hook_step(func: Callable[P, R]) -> Callable[P, R]:
         return result
 
     return wrapper
+
+
+def once_gradients_are_there(
+    args: tuple, kwargs: dict[str, Any], act: Callable[[], None]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """For a step's pre-hook, of what it is given, which it returns: ``act`` now, or after each call of the closure."""
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # the optimizer itself comes first
+    if closure is None:
+        act()
+        return None
+
+    def evaluate() -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        act()
+        return loss
+
+    if len(args) > 1:
+        return (args[0], evaluate, *args[2:]), kwargs
+    return args, {**kwargs, "closure": evaluate}

@@ -132,7 +132,7 @@ class GradDropCallback(TrainerCallback):
         # Counted from here on: after an epoch that a callback cut short, state.epoch is not a whole number
         self._epoch = int(state.epoch or 0)
         handler, loop = _caller()
-        if handler is not None and handler.callbacks[0] is not self:
+        if handler is not None and self in handler.callbacks[1:]:
             # What we add to the logs must be there before others report them
             handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
         if self.skip_dropped_layers:
@@ -213,8 +213,11 @@ def _caller() -> tuple[CallbackHandler | None, FrameType | None]:
 
     No event tells a callback that its loop was interrupted, and none hands it the handler; Python's stack has both.
     """
+    caller = sys._getframe(2)
     handler: CallbackHandler | None = None
-    frame: FrameType | None = sys._getframe(2)
+    frame: FrameType | None = caller
+    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+        frame = frame.f_back  # of a subclass's method, or of a callback that has this one
     while frame is not None and isinstance(frame.f_locals.get("self"), CallbackHandler):
         handler, frame = frame.f_locals["self"], frame.f_back
-    return handler, frame
+    return handler, frame or caller

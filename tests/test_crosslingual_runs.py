@@ -478,6 +478,14 @@ def test_it_names_what_is_wrong(flags, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_what_is_named_twice_runs_once(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(command, "_run_task", lambda name, wanted, seeds, arguments: ran.append((name, wanted, seeds)))
+    flags = ["--tasks", "intents,intents", "--methods", "all,fine-tuning", "--seeds", "1,0,1"]
+    command.main([*flags, "--out", str(tmp_path)])
+    assert ran == [("intents", list(methods.METHODS), [1, 0])]
+
+
 def test_recipes():
     xnli = recipes.recipe("xnli")
     assert (xnli.epochs, xnli.choose, xnli.weight_decay, xnli.clip, xnli.warmup) == (10, "best", 0.0, 1.0, 0.0)

@@ -12,6 +12,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it imports deprecates this and that
     pytest.importorskip("lightning", reason="lightning is not installed")
     import lightning.pytorch as pl
+    from lightning.fabric import Fabric
     from lightning.pytorch.loggers import Logger
 
 from graddrop_fused import (
@@ -21,7 +22,9 @@ from graddrop_fused import (
     GradFreeze,
     LayerGradDrop,
     param_groups,
+    release_gradients,
     skip_dropped_layers,
+    skip_dropped_rows,
 )
 from graddrop_fused.lightning import GradDropCallback
 
@@ -190,6 +193,45 @@ def test_the_function_itself_on_a_lightning_module():
     assert sum(p.grad is None for p in module.parameters()) == len(opt.dropped_layers()) > 0
 
 
+METHODS = [
+    (skip_dropped_layers, LayerGradDrop(p=0.5)),
+    (skip_dropped_rows, GradDrop(p=0.5, block="row")),
+    (release_gradients, GradDrop(p=0.5)),
+]
+
+
+@pytest.mark.parametrize("tool", ["Fabric", "Lightning"])
+@pytest.mark.parametrize(("method", "drop"), METHODS, ids=[method.__name__ for method, _ in METHODS])
+def test_wrappers_of_optimizers_and_models(method, drop, tool, tmp_path):
+    """Their optimizers are of the wrapped one's class, and Fabric's model hands what is set on to the one within."""
+
+    class Manual(Classifier):
+        def training_step(self, batch, index):
+            wrapped = self.optimizers()
+            if index == 0 and self.with_method:
+                self.handle = method(self.model, wrapped)
+            self.manual_backward(self.loss(batch))
+            wrapped.optimizer.step()  # by the wrapper's own, Lightning gives every step a closure
+            wrapped.zero_grad()
+
+    ends = []
+    for module in (Manual(drop, manual=True), Manual(drop, manual=True)):
+        module.with_method = bool(ends)
+        if tool == "Lightning":
+            fit(module, tmp_path, max_epochs=1)
+        else:
+            model, opt = Fabric(accelerator="cpu", devices=1).setup(module.model, module.configure_optimizers())
+            if module.with_method:
+                method(model, opt)
+            torch.manual_seed(2)
+            for batch in loader():
+                model(input_ids=batch, labels=batch.sum(1) % 2).loss.backward()
+                opt.step()
+                opt.zero_grad()
+        ends.append(list(module.model.parameters()))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-5 if method is skip_dropped_rows else 0)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_fit_leaves_the_model_as_it_was(error, tmp_path, monkeypatch):
     class Raise(pl.Callback):
@@ -237,9 +279,13 @@ class Recorder(Logger):
 
 
 def test_what_is_logged(tmp_path):
-    recorder = Recorder()
-    fit(Classifier(GradDropEpoch(p=0.75)), tmp_path, logger=recorder, log_every_n_steps=2)
+    recorder, callback = Recorder(), GradDropCallback()
+    fit(Classifier(GradDropEpoch(p=0.75)), tmp_path, callback=callback, logger=recorder, log_every_n_steps=2)
     ours = [(step, m) for step, m in recorder.metrics if "graddrop_active" in m]
     assert [step for step, _ in ours] == [2, 4, 6, 8, 10, 12]
     assert [m["graddrop_epoch"] for _, m in ours] == [0, 0, 1, 1, 2, 2]
     assert [m["graddrop_active"] for _, m in ours] == pytest.approx([0.25, 0.25, 0.5, 0.5, 0.75, 0.75], abs=1e-4)
+
+    again = Recorder()  # by the same callback, whose last fit logged the same step last
+    fit(Classifier(GradDropEpoch(p=0.75)), tmp_path, callback=callback, logger=again, log_every_n_steps=12)
+    assert [step for step, m in again.metrics if "graddrop_active" in m] == [12]

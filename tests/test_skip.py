@@ -742,8 +742,12 @@ def two_layers(drop, **options):
     return model, GradDropAdamW(groups, lr=1e-2, drop=drop, seed=3, backend="reference", **options)
 
 
+CLOSURES = pytest.mark.parametrize("closure", [None, lambda: None], ids=["", "a closure"])  # which Lightning gives
+
+
+@CLOSURES
 @pytest.mark.parametrize("again", [True, False], ids=["with passes of both epochs", "with none of the new one"])
-def test_an_epoch_that_begins_between_the_passes_of_a_step(again):
+def test_an_epoch_that_begins_between_the_passes_of_a_step(again, closure):
     model, opt = two_layers(GradFreeze("top-down"))
     skip_dropped_layers(model, opt)
     opt.set_epoch(0)
@@ -754,7 +758,7 @@ def test_an_epoch_that_begins_between_the_passes_of_a_step(again):
     if again:
         model(torch.ones(1, 4)).sum().backward()
     with pytest.raises(RuntimeError, match="one mask for all passes of a step"):
-        opt.step()
+        opt.step(closure)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()) and opt.draw == 0
     assert all(p.requires_grad for p in model.parameters())
     opt.zero_grad()
@@ -835,7 +839,8 @@ def test_a_last_layer_that_the_user_froze_keeps_no_graph():
         assert torch.equal(p, q)
 
 
-def test_a_step_after_a_pass_without_backward_moves_nothing():
+@CLOSURES
+def test_a_step_after_a_pass_without_backward_moves_nothing(closure):
     def trained(skip):
         model, opt = two_layers(LayerGradDrop(0.5))
         if skip:
@@ -844,7 +849,7 @@ def test_a_step_after_a_pass_without_backward_moves_nothing():
             loss = model(torch.ones(2, 4)).sum()
             if i % 3 != 2:
                 loss.backward()
-            opt.step()
+            opt.step(closure)
             opt.zero_grad()
         return model, opt
 

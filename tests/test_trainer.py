@@ -82,7 +82,7 @@ class Watch(hf.TrainerCallback):
             raise Interrupted
 
 
-def arguments(folder, **options):
+def arguments(folder, kind=hf.TrainingArguments, **options):
     defaults = {
         "per_device_train_batch_size": BATCH,
         "num_train_epochs": 3,
@@ -96,7 +96,7 @@ def arguments(folder, **options):
         "dataloader_pin_memory": False,
         "seed": 3,
     }
-    return hf.TrainingArguments(output_dir=str(folder), **{**defaults, **options})
+    return kind(output_dir=str(folder), **{**defaults, **options})
 
 
 def build_trainer(args, drop, watch=None, count=24, **options):
@@ -184,6 +184,15 @@ def test_plain_class_and_keywords(tmp_path):
     assert 0.45 < kept < 0.55
 
 
+def test_a_trainer_that_is_given_the_class_later(tmp_path):
+    options = {"save_strategy": "no", "num_train_epochs": 1}
+    args = arguments(tmp_path, kind=hf.Seq2SeqTrainingArguments, **options)
+    trainer = hf.Seq2SeqTrainer(build_model(), args, train_dataset=examples(), callbacks=[GradDropCallback()])
+    trainer.optimizer_cls_and_kwargs = graddrop_optimizer(args, drop=GradDropEpoch(p=0.6))
+    trainer.train()
+    assert (unwrap(trainer.optimizer).draw, unwrap(trainer.optimizer).epoch) == (6, 0)
+
+
 def test_arguments_reach_the_optimizer(tmp_path):
     args = arguments(tmp_path, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
     policy = LayerGradDrop(p=0.5)
@@ -245,6 +254,42 @@ def test_skipping_in_the_trainer_changes_nothing(tmp_path):
         assert all(p.requires_grad for p in trainer.model.parameters())
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(p, q)
+
+
+class Inherits(GradDropCallback):
+    def on_train_begin(self, *args, **kwargs):
+        super().on_train_begin(*args, **kwargs)
+
+
+class Contains(hf.TrainerCallback):
+    def __init__(self, **options):
+        self.inner = GradDropCallback(**options)
+
+    def on_train_begin(self, *args, **kwargs):
+        self.inner.on_train_begin(*args, **kwargs)
+
+    def on_epoch_begin(self, *args, **kwargs):
+        self.inner.on_epoch_begin(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Inherits, Contains])
+@pytest.mark.parametrize("option", ["skip_dropped_layers", "release_gradients"])
+def test_a_callback_that_calls_ours(option, kind, tmp_path):
+    """What runs between the Trainer's handler and ours is not the training loop."""
+    missing = []
+
+    class Count(hf.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
+            missing.append(sum(p.grad is None for p in model.parameters()))
+            assert unwrap(optimizer).epoch == state.global_step // 6
+
+    args = arguments(tmp_path, save_strategy="no", num_train_epochs=2, max_grad_norm=0)
+    trainer = build_trainer(args, GradFreeze("top-down"))
+    trainer.remove_callback(GradDropCallback)
+    trainer.add_callback(kind(**{option: True}))
+    trainer.add_callback(Count())
+    trainer.train()
+    assert all(missing)
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 1e-3])

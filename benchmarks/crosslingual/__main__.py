@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _names(what: str, text: str, known, groups: dict[str, tuple[str, ...]]) -> list[str]:
-    names = [name for part in text.split(",") for name in groups.get(part, (part,))]
+    names = [*dict.fromkeys(name for part in text.split(",") for name in groups.get(part, (part,)))]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"unknown {what} {', '.join(unknown)}: choose from {', '.join((*groups, *known))}")
@@ -105,7 +105,7 @@ def _names(what: str, text: str, known, groups: dict[str, tuple[str, ...]]) -> l
 
 def _seeds(text: str) -> list[int]:
     try:
-        return [int(seed) for seed in text.split(",")]
+        return [*dict.fromkeys(map(int, text.split(",")))]
     except ValueError:
         raise ValueError(f"seeds must be comma-separated integers, got {text!r}") from None
 

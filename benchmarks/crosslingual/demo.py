@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    wanted = arguments.methods.split(",")
+    wanted = [*dict.fromkeys(arguments.methods.split(","))]
     unknown = [method for method in wanted if method not in METHODS]
     if unknown:
         print(f"unknown method {', '.join(unknown)}: choose from {', '.join(METHODS)}", file=sys.stderr)
