@@ -261,7 +261,8 @@ class MaskHandle:
         for i in wanted:
             validate.gradient(every[i], every[i].param.grad)
         key = [
-            (i, id(every[i].param), policy_of(groups[every[i].group]), groups[every[i].group]["layer"]) for i in wanted
+            (i, id(m.param), m.param.shape, policy_of(groups[m.group]), groups[m.group]["layer"])
+            for i, m in ((i, every[i]) for i in wanted)
         ]
         params = [local(every[i].param) for i in wanted]
         grads = [every[i].param.grad for i in wanted]

@@ -89,7 +89,8 @@ class Bucket:
             self.by_group.setdefault(member.group, []).append(i)
 
     def take(self, grads: Sequence[Tensor | None], switched_off: set[int]) -> bool:
-        """Adopt the gradients of the coming step. False if one of them belongs into another bucket.
+        """Adopt the gradients of the coming step. False if one of them belongs into another bucket, or if its
+        parameter has got another shape.
 
         Raises TypeError or ValueError on a gradient that cannot serve.
         """
@@ -109,7 +110,7 @@ class Bucket:
                 unusual = unusual or sharded or grad.is_neg()
             else:
                 validate.gradient(self.members[i], grad)
-                if grad.dtype is not dtype:
+                if grad.dtype is not dtype or self.params[i].shape != self.shapes[i]:
                     return False
                 unusual = True
         if unusual:

@@ -187,6 +187,42 @@ def test_a_parameter_turned_round_no_longer_has_its_states_shape(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_another_shape_of_as_many_elements_is_not_its_states(backend):
+    params, optimizer = made(backend)
+    optimizer.step()
+    params["a"].data = params["a"].data.view(23, 17)
+    params["a"].grad = torch.zeros(17, 23).t()
+    before = everything(params, optimizer)
+    with pytest.raises(ValueError, match="state 'exp_avg' of parameter 'a' must have its parameter's shape"):
+        optimizer.step()
+    assert_unchanged(before, params, optimizer)
+
+
+@pytest.mark.parametrize("masked", [*BACKENDS, "attach"])
+def test_another_shape_of_as_many_elements_without_state(masked):
+    """Rows and strides are then those of the new shape."""
+    p = nn.Parameter(torch.zeros(4, 6))
+    drop = GradDrop(0.5, block="row")
+    if masked == "attach":
+        optimizer = torch.optim.SGD([("w", p)], lr=1.0)
+        mask_of = attach(optimizer, drop).keep_mask
+    else:
+        optimizer = GradDropSGD([("w", p)], lr=1.0, drop=drop, backend=masked)
+        mask_of = optimizer.keep_mask
+    p.grad = torch.ones(4, 6)
+    optimizer.step()
+    p.data = p.data.zero_().view(6, 4)
+    memory = torch.ones(100)
+    for grad in (memory[:24].view(4, 6).t(), memory[24:48].view(6, 4)):
+        p.data.zero_()
+        p.grad = grad
+        mask = mask_of(p)
+        optimizer.step()
+        assert torch.equal(p.detach(), -2.0 * mask)
+    assert (memory[48:] == 1.0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_swapped_tensors(backend):
     params, optimizer = made(backend)
     optimizer.step()
