@@ -271,12 +271,16 @@ def no_shared_memory(every: Sequence[Member]) -> None:
             start = part.data_ptr()
             spans.append((start, start + _extent(part) * part.element_size(), member))
     spans.sort(key=lambda span: span[:2])
-    for (_, stop, first), (start, _, second) in zip(spans, spans[1:], strict=False):
-        if start < stop and _elements_meet(local(first.param), local(second.param)):
-            raise ValueError(
-                f"parameters {first.called} and {second.called} must not share memory (a fused pass would update their "
-                "common elements twice at once)"
-            )
+    reaching: list[tuple[int, Member]] = []  # those before that go on here, such as a matrix that others lie within
+    for start, stop, second in spans:
+        reaching = [(end, first) for end, first in reaching if start < end]
+        for _, first in reaching:
+            if _elements_meet(local(first.param), local(second.param)):
+                raise ValueError(
+                    f"parameters {first.called} and {second.called} must not share memory (a fused pass would update "
+                    "their common elements twice at once)"
+                )
+        reaching.append((stop, second))
 
 
 def _elements_meet(first: Tensor, second: Tensor) -> bool:

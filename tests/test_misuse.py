@@ -160,6 +160,20 @@ def test_what_no_longer_fits_is_refused_by_name(change, backend):
         assert torch.equal(p, before[name])
 
 
+def test_common_elements_are_found_between_others():
+    matrix = torch.zeros(10, 10)
+    left, right, within = matrix[:, :5], matrix[0, 5:7], matrix[5, :3]  # `right` lies between the other two
+    apart = GradDropAdamW([("left", nn.Parameter(left)), ("right", nn.Parameter(right))])
+    optimizer = GradDropAdamW([(n, nn.Parameter(t)) for n, t in zip("abc", (left, right, within), strict=True)])
+    for o in (apart, optimizer):
+        for p in o.param_groups[0]["params"]:
+            p.grad = torch.ones(p.shape)
+    with pytest.raises(ValueError, match="parameters 'a' and 'c' must not share memory"):
+        optimizer.step()
+    assert not matrix.any() and not optimizer.state
+    apart.step()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_that_change_at_the_same_address(backend):
     """torch.optim.AdamW keeps its state in the parameter's shape, so a square one may be turned round at any time."""
