@@ -52,14 +52,13 @@ def choose_for(requested: str, param: Tensor) -> ModuleType:
             "parameters must all be FakeTensors or none of them, and with attach() and release_gradients() none, got a "
             "FakeTensor: it has no elements to mask"
         )
-    if type(param) not in (Tensor, torch.nn.Parameter) and not is_dtensor(param):
-        # kernels go by addresses, and what a subclass means by its elements need not lie there
+    subclass = type(param) not in (Tensor, torch.nn.Parameter) and not is_dtensor(param)
+    if subclass or param.is_neg():
+        # kernels go by addresses, and what a subclass means by its elements need not lie there, as a lazy sign does not
         if requested in ("auto", "reference"):
             return load("reference")
-        raise RuntimeError(
-            f"backend={requested!r} cannot serve a parameter of class {type(param).__name__}; backend='auto' takes the "
-            "reference"
-        )
+        what = f"of class {type(param).__name__}" if subclass else "with a lazy negative sign"
+        raise RuntimeError(f"backend={requested!r} cannot serve a parameter {what}; backend='auto' takes the reference")
     return choose(requested, param.device, param.dtype, param.dim())
 
 

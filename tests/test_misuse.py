@@ -100,6 +100,10 @@ def meta_state(params, optimizer):
     optimizer.state[params["a"]]["exp_avg_sq"] = torch.zeros(17, 23, device="meta")
 
 
+def state_of_an_empty_storage(params, optimizer):
+    optimizer.state[params["a"]]["exp_avg"].untyped_storage().resize_(0)
+
+
 def negative_step(params, optimizer):
     optimizer.state[params["a"]]["step"] = torch.tensor(-1.0)
 
@@ -133,6 +137,7 @@ BROKEN = [
     complex_state,
     list_state,
     meta_state,
+    state_of_an_empty_storage,
     negative_step,
     half_step,
     integer_parameter,
@@ -318,6 +323,43 @@ def test_subclasses_as_gradients(backend):
     with pytest.raises(ValueError, match="gradient of parameter 'a' must be an ordinary tensor"):
         optimizer.step()
     assert_unchanged(before, params, optimizer)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: torch._neg_view(-state),  # as that of x.conj().imag
+        lambda state: Elsewhere(state.clone()),
+        lambda state: torch._efficientzerotensor(state.shape),
+    ],
+    ids=["lazy sign", "wrapper subclass", "zeros without memory"],
+)
+def test_state_put_in_by_hand_that_does_not_lie_at_its_address(change, backend):
+    params, optimizer = made(backend)
+    truth, expected = made(backend)
+    for ps, o in ((params, optimizer), (truth, expected)):
+        o.step()
+        o.state[ps["a"]]["exp_avg"] = change(o.state[ps["a"]]["exp_avg"])
+        if o is expected:
+            plain = o.state[ps["a"]]["exp_avg"]
+            o.state[ps["a"]]["exp_avg"] = plain.inner if isinstance(plain, Elsewhere) else plain.clone().resolve_neg()
+        give(ps, 2)
+        o.step()
+    for name in params:
+        assert torch.equal(params[name], truth[name])
+
+
+def test_a_parameter_with_a_lazy_sign_goes_to_the_reference():
+    values = torch.randn(17, 3, dtype=torch.complex64, generator=torch.Generator().manual_seed(3)).conj()
+    ours, theirs = nn.Parameter(values.imag), nn.Parameter(values.imag.clone().resolve_neg())
+    assert ours.is_neg()
+    ours.grad, theirs.grad = torch.ones(17, 3), torch.ones(17, 3)
+    GradDropAdamW([("w", ours)], lr=1e-2).step()
+    torch.optim.AdamW([theirs], lr=1e-2, foreach=False).step()
+    torch.testing.assert_close(ours.detach().resolve_neg(), theirs.detach())
+    with pytest.raises(RuntimeError, match="lazy negative sign"):
+        GradDropAdamW([("w", ours)], backend="cpu").step()
 
 
 def test_inference_tensors():
