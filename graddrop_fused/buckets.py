@@ -239,7 +239,8 @@ class UpdateBucket(Bucket):
         self.entries = entries
         self.names = self.rule.states
         where = self.batch.integers.device
-        self.steps = torch.stack([entry["step"].to(where, torch.float32).reshape(()) for entry in entries])
+        steps = [torch.as_tensor(entry["step"], dtype=torch.float32, device=where) for entry in entries]
+        self.steps = torch.stack([step.reshape(()) for step in steps])
         self.views = list(self.steps.unbind())
         for entry, step in zip(entries, self.views, strict=True):
             entry["step"] = step

@@ -350,6 +350,20 @@ def test_state_put_in_by_hand_that_does_not_lie_at_its_address(change, backend):
         assert torch.equal(params[name], truth[name])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_put_in_by_hand_may_be_a_number(backend, capturable):
+    params, optimizer = made(backend, capturable=capturable)
+    truth, expected = made(backend, capturable=capturable)
+    for (ps, o), step in (((params, optimizer), 5), ((truth, expected), torch.tensor(5.0))):
+        o.step()
+        o.state[ps["a"]]["step"] = step
+        o.step()
+        assert o.state[ps["a"]]["step"] == torch.tensor(6.0)
+    for name in params:
+        assert torch.equal(params[name], truth[name])
+
+
 def test_a_parameter_with_a_lazy_sign_goes_to_the_reference():
     values = torch.randn(17, 3, dtype=torch.complex64, generator=torch.Generator().manual_seed(3)).conj()
     ours, theirs = nn.Parameter(values.imag), nn.Parameter(values.imag.clone().resolve_neg())
