@@ -292,12 +292,14 @@ class MaskedOptimizer(Optimizer):
 
     def _plan_key(self) -> tuple:
         rule_of = self.rule_class.of
-        key = tuple(
+        key: tuple = tuple(
             [
                 (g["drop"], g["effect"], g.get("rounding"), g.get("layer"), g["capturable"], rule_of(g))
                 for g in self.param_groups
             ]
         )
+        if torch.is_inference_mode_enabled():  # what is made in it must not be updated outside
+            key = key, "inference"
         if not self.active_state:
             return key
         rows = self._coming_rows(key)

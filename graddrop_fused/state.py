@@ -101,7 +101,9 @@ def complete(entry: Mapping[str, Any], param: Tensor, rule: Rule, dtype: torch.d
 
 def unfit(state: Tensor, param: Tensor) -> bool:
     """Is it a DTensor placed otherwise, or are its elements not what stands at its address (a wrapper subclass, a lazy
-    sign)?"""
+    sign), or is it an inference tensor outside of inference mode?"""
+    if state.is_inference() and not torch.is_inference_mode_enabled():
+        return True
     if is_dtensor(param):
         return not (is_dtensor(state) and state.placements == param.placements)
     return state.is_neg() or (type(param) in validate.ORDINARY and not validate.has_memory(state))

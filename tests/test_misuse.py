@@ -383,6 +383,24 @@ def test_inference_tensors():
         GradDropAdamW([("w", frozen)])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"capturable": True}, {"drop": GradDropEpoch(0.5, block=128), "effect": "freeze", "active_state": True}],
+    ids=["plain", "capturable", "active_state"],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_in_and_out_of_inference_mode(backend, options):
+    """What a step makes in it is an inference tensor, which the next step outside must not write to."""
+    params, optimizer = made(backend, steps_per_epoch=2, **options)
+    truth, expected = made(backend, steps_per_epoch=2, **options)
+    for inference in (True, False, True, False):
+        with torch.inference_mode(inference):
+            optimizer.step()
+        expected.step()
+    for name in params:
+        assert torch.equal(params[name], truth[name])
+
+
 def test_empty_tensors_of_any_stride():
     empty = torch.empty(0).as_strided((0, 4), (0, 0))
     params = [("e", nn.Parameter(empty)), ("w", nn.Parameter(torch.ones(3)))]
