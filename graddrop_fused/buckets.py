@@ -382,7 +382,7 @@ class Plan:
 
     key: tuple  # of the groups: what buckets were made from
     params: list[Tensor]
-    entries: list[dict[str, Any]]  # of optimizer.state
+    state: list[Any]  # of optimizer.state: parameters, and behind them their entries
     layers: Layers
     numbers: HostNumbers
     buckets: list[UpdateBucket]
@@ -402,8 +402,9 @@ class Plan:
         """
         if key != self.key or len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
             return False
-        # by value, since hashing every parameter costs more than the rest: a replaced entry is another object
-        if len(state) != len(self.entries) or not all(map(operator.is_, state.values(), self.entries)):
+        # in order, since hashing every parameter costs more than the rest: a replaced entry is another object
+        held = [*state, *state.values()]
+        if len(held) != len(self.state) or not all(map(operator.is_, held, self.state)):
             return False
         if self.stateless and any(grads[i] is not None or id(params[i]) in switched_off for i in self.stateless):
             return False
@@ -420,7 +421,7 @@ class Plan:
 
     def let_go(self) -> None:
         """The plan is done with: keep no state alive."""
-        self.entries.clear()
+        self.state.clear()
         for bucket in self.buckets:
             bucket.let_go()
 

@@ -383,7 +383,8 @@ class MaskedOptimizer(Optimizer):
         stateless = sorted(set(range(len(params))).difference(wanted))
         layers = Layers.of(groups)
         numbers = HostNumbers(groups, layers)
-        return Plan(key, params, list(state_of_params().values()), layers, numbers, buckets, stateless)
+        held = state_of_params()
+        return Plan(key, params, [*held, *held.values()], layers, numbers, buckets, stateless)
 
     def _turn_over(
         self, key: tuple, every: list[Member], positions: list[int], rules: list[Rule]

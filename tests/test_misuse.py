@@ -351,6 +351,20 @@ def test_state_put_in_by_hand_that_does_not_lie_at_its_address(change, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_entries_of_state_that_change_places(backend):
+    """The dict's values are then the same, in the same order."""
+    ours, theirs = ([nn.Parameter(torch.zeros(3)) for _ in range(2)] for _ in range(2))
+    for ps, o in ((ours, GradDropAdamW(ours, backend=backend)), (theirs, torch.optim.AdamW(theirs, foreach=False))):
+        for step in range(3):
+            ps[0].grad, ps[1].grad = torch.full((3,), step + 1.0), torch.full((3,), -3.0)
+            if step == 2:
+                first, second = (o.state.pop(p) for p in ps)
+                o.state[ps[1]], o.state[ps[0]] = first, second
+            o.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("capturable", [False, True])
 def test_a_step_put_in_by_hand_may_be_a_number(backend, capturable):
     params, optimizer = made(backend, capturable=capturable)
