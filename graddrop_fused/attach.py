@@ -363,7 +363,8 @@ def _in_place(param: Tensor, taken: set[int]) -> Tensor | None:
     grad = placed_like(param, param.grad)
     part = local(grad)
     place = addresses([part])[0] if part.numel() else 0
-    if part.is_neg() or part.is_conj() or validate.overlaps_itself(part) or validate.expanded(part) or place in taken:
+    lazy = part.is_neg() or part.is_conj() or not validate.has_memory(part)
+    if lazy or validate.overlaps_itself(part) or validate.expanded(part) or place in taken:
         grad = grad.clone(memory_format=torch.contiguous_format)
     if grad is not param.grad:
         param.grad = grad

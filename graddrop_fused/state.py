@@ -104,8 +104,9 @@ def unfit(state: Tensor, param: Tensor) -> bool:
     sign), or is it an inference tensor outside of inference mode?"""
     if state.is_inference() and not torch.is_inference_mode_enabled():
         return True
-    if is_dtensor(param):
-        return not (is_dtensor(state) and state.placements == param.placements)
+    if is_dtensor(param) and not (is_dtensor(state) and state.placements == param.placements):
+        return True
+    state, param = local(state), local(param)
     return state.is_neg() or (type(param) in validate.ORDINARY and not validate.has_memory(state))
 
 
