@@ -245,7 +245,8 @@ class MaskHandle:
         for i in wanted:
             validate.gradient(every[i], every[i].param.grad)
         key = [
-            (i, id(every[i].param), policy_of(groups[every[i].group]), groups[every[i].group]["layer"]) for i in wanted
+            (i, id(m.param), m.param.shape, policy_of(groups[m.group]), groups[m.group]["layer"])
+            for i, m in ((i, every[i]) for i in wanted)
         ]
         params = [local(every[i].param) for i in wanted]
         grads = [every[i].param.grad for i in wanted]
@@ -346,7 +347,8 @@ def _in_place(param: Tensor, taken: set[int]) -> Tensor | None:
     grad = placed_like(param, param.grad)
     part = local(grad)
     place = addresses([part])[0] if part.numel() else 0
-    if part.is_neg() or part.is_conj() or validate.overlaps_itself(part) or validate.expanded(part) or place in taken:
+    lazy = part.is_neg() or part.is_conj() or not validate.has_memory(part)
+    if lazy or validate.overlaps_itself(part) or validate.expanded(part) or place in taken:
         grad = grad.clone(memory_format=torch.contiguous_format)
     if grad is not param.grad:
         param.grad = grad

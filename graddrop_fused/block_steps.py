@@ -87,7 +87,8 @@ class BlockSteps:
             places = [torch.arange(s + h.start, s + h.stop, device="cpu") for s, h in zip(starts, here, strict=True)]
             self.places = to_device(torch.cat(places), device)
         # which group's numbers each row follows
-        self.group_of = to_device(torch.repeat_interleave(torch.tensor(groups), torch.tensor(lengths)), device)
+        group_of = torch.tensor(groups, device="cpu").repeat_interleave(torch.tensor(lengths, device="cpu"))
+        self.group_of = to_device(group_of, device)
         dtype = torch.float64 if self.batch.params[self.tensors[0]].dtype == torch.float64 else torch.float32
         self.table = torch.zeros(sum(lengths), MAX_FACTORS, dtype=dtype, device=device)
         self.batch.block_factors = [None] * len(self.batch.params)

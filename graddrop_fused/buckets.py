@@ -89,7 +89,8 @@ class Bucket:
             self.by_group.setdefault(member.group, []).append(i)
 
     def take(self, grads: Sequence[Tensor | None], switched_off: set[int]) -> bool:
-        """Adopt the gradients of the coming step. False if one of them belongs into another bucket.
+        """Adopt the gradients of the coming step. False if one of them belongs into another bucket, or if its
+        parameter has got another shape.
 
         Raises TypeError or ValueError on a gradient that cannot serve.
         """
@@ -109,7 +110,7 @@ class Bucket:
                 unusual = unusual or sharded or grad.is_neg()
             else:
                 validate.gradient(self.members[i], grad)
-                if grad.dtype is not dtype:
+                if grad.dtype is not dtype or self.params[i].shape != self.shapes[i]:
                     return False
                 unusual = True
         if unusual:
@@ -238,7 +239,8 @@ class UpdateBucket(Bucket):
         self.entries = entries
         self.names = self.rule.states
         where = self.batch.integers.device
-        self.steps = torch.stack([entry["step"].to(where, torch.float32).reshape(()) for entry in entries])
+        steps = [torch.as_tensor(entry["step"], dtype=torch.float32, device=where) for entry in entries]
+        self.steps = torch.stack([step.reshape(()) for step in steps])
         self.views = list(self.steps.unbind())
         for entry, step in zip(entries, self.views, strict=True):
             entry["step"] = step
@@ -380,7 +382,7 @@ class Plan:
 
     key: tuple  # of the groups: what buckets were made from
     params: list[Tensor]
-    entries: list[dict[str, Any]]  # of optimizer.state
+    state: list[Any]  # of optimizer.state: parameters, and behind them their entries
     layers: Layers
     numbers: HostNumbers
     buckets: list[UpdateBucket]
@@ -400,8 +402,9 @@ class Plan:
         """
         if key != self.key or len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
             return False
-        # by value, since hashing every parameter costs more than the rest: a replaced entry is another object
-        if len(state) != len(self.entries) or not all(map(operator.is_, state.values(), self.entries)):
+        # in order, since hashing every parameter costs more than the rest: a replaced entry is another object
+        held = [*state, *state.values()]
+        if len(held) != len(self.state) or not all(map(operator.is_, held, self.state)):
             return False
         if self.stateless and any(grads[i] is not None or id(params[i]) in switched_off for i in self.stateless):
             return False
@@ -418,7 +421,7 @@ class Plan:
 
     def let_go(self) -> None:
         """The plan is done with: keep no state alive."""
-        self.entries.clear()
+        self.state.clear()
         for bucket in self.buckets:
             bucket.let_go()
 

@@ -152,8 +152,11 @@ def find(package: Path) -> Path | None:
     beside = sorted(path for path in package.glob("_cpu.*") if path.suffix in (".so", ".pyd", ".dylib"))
     if beside:
         return beside[0]
-    path = cached()
-    return path if path.exists() else None
+    try:
+        path = cached()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # no home directory, or one of another user
+        return None
 
 
 def build() -> Path:

@@ -254,7 +254,7 @@ def _clock(
         if merged["steps_per_epoch"] is None:
             merged["steps_per_epoch"] = clock.steps_per_epoch
         return Clock.from_state(merged)
-    steps = [int(step) for entry, _ in entries.values() for step in torch.as_tensor(entry["step"]).reshape(-1)]
-    draw = max(steps, default=0)
+    steps = [torch.as_tensor(entry["step"], device="cpu").reshape(-1).tolist() for entry, _ in entries.values()]
+    draw = max((int(step) for of_entry in steps for step in of_entry), default=0)
     check_int("the checkpoint's largest step, which stands in for the draw,", draw, 0, mask_stream.WORD)
     return Clock.from_state({**clock.state(), "draw": draw})

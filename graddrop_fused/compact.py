@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import block_steps, dispatch, state
+from . import block_steps, dispatch, state, validate
 from .buckets import UpdateBucket
 from .checks import shown
 from .contract import Effect, Integer, Mask, Real, Runs, Shard
@@ -163,7 +163,7 @@ def _renew(entries: dict[Tensor, Entry], change: _Change, rule: Rule, dtype: tor
     param, carried = change.member.param, change.carried
     entry = entries.get(param, {})
     if is_compact(entry) and torch.equal(carried.active[:, :2], entry[ACTIVE][:, :2]):
-        if all([name in entry and entry[name].dtype == dtype for name in rule.states]):
+        if all([name in entry and _fits(entry[name], dtype, local(param)) for name in rule.states]):
             return
     new: Entry = {"step": carried.counts, ACTIVE: carried.active}
     device = local(param).device
@@ -181,6 +181,12 @@ def _renew(entries: dict[Tensor, Entry], change: _Change, rule: Rule, dtype: tor
         if old.get(name) is not None:
             copy_runs(new[name], to, old[name], from_, lengths)
     entries[param] = new
+
+
+def _fits(packed: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
+    """May kernels use compact state where it lies, packed close?"""
+    alike = packed.dtype == dtype and packed.device == param.device
+    return alike and packed.is_contiguous() and not state.unfit(packed, param)
 
 
 def _freeze(entries: dict[Tensor, Entry], param: Tensor, rule: Rule, dtype: torch.dtype) -> None:
@@ -346,6 +352,8 @@ def check(what: Callable[[str], str], entry: Mapping[str, Any], param: Tensor, r
             raise ValueError(
                 f"{what(name)} must be a dense floating-point tensor of the {size} active elements, got {shown(value)}"
             )
+        if value is not None:
+            validate.whole_memory(what(name), value)
 
 
 def _is_dense(value: Tensor) -> bool:

@@ -42,7 +42,7 @@ def device_rows(table: Tensor, in_memory_order: bool) -> Tensor:
             neighbouring addresses; else in row-major order, as packed words need it that are written.
     """
     sizes, *strides = (table[:, column : column + MAX_DIMS] for column in _DIMENSIONS)
-    absent = torch.arange(MAX_DIMS) >= table[:, Layout.NDIM, None]
+    absent = torch.arange(MAX_DIMS, device="cpu") >= table[:, Layout.NDIM, None]
     # steps of the row-major index: the product of the sizes further in
     local = sizes.masked_fill(absent, 1).flip(1).cumprod(1).flip(1) // sizes.clamp(min=1)
     key = strides[0] if in_memory_order else local

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .contract import MAX_DIMS
 from .fakes import is_fake
-from .shards import is_dtensor
+from .shards import local
 
 NAMES = ("triton", "cpu", "reference")
 
@@ -52,14 +52,14 @@ def choose_for(requested: str, param: Tensor) -> ModuleType:
             "parameters must all be FakeTensors or none of them, and with attach() and release_gradients() none, got a "
             "FakeTensor: it has no elements to mask"
         )
-    if type(param) not in (Tensor, torch.nn.Parameter) and not is_dtensor(param):
-        # kernels go by addresses, and what a subclass means by its elements need not lie there
+    part = local(param)
+    subclass = type(part) not in (Tensor, torch.nn.Parameter)
+    if subclass or part.is_neg():
+        # kernels go by addresses, and what a subclass means by its elements need not lie there, as a lazy sign does not
         if requested in ("auto", "reference"):
             return load("reference")
-        raise RuntimeError(
-            f"backend={requested!r} cannot serve a parameter of class {type(param).__name__}; backend='auto' takes the "
-            "reference"
-        )
+        what = f"of class {type(part).__name__}" if subclass else "with a lazy negative sign"
+        raise RuntimeError(f"backend={requested!r} cannot serve a parameter {what}; backend='auto' takes the reference")
     return choose(requested, param.device, param.dtype, param.dim())
 
 

@@ -292,12 +292,14 @@ class MaskedOptimizer(Optimizer):
 
     def _plan_key(self) -> tuple:
         rule_of = self.rule_class.of
-        key = tuple(
+        key: tuple = tuple(
             [
                 (g["drop"], g["effect"], g.get("rounding"), g.get("layer"), g["capturable"], rule_of(g))
                 for g in self.param_groups
             ]
         )
+        if torch.is_inference_mode_enabled():  # what is made in it must not be updated outside
+            key = key, "inference"
         if not self.active_state:
             return key
         rows = self._coming_rows(key)
@@ -381,7 +383,8 @@ class MaskedOptimizer(Optimizer):
         stateless = sorted(set(range(len(params))).difference(wanted))
         layers = Layers.of(groups)
         numbers = HostNumbers(groups, layers)
-        return Plan(key, params, list(state_of_params().values()), layers, numbers, buckets, stateless)
+        held = state_of_params()
+        return Plan(key, params, [*held, *held.values()], layers, numbers, buckets, stateless)
 
     def _turn_over(
         self, key: tuple, every: list[Member], positions: list[int], rules: list[Rule]

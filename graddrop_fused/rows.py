@@ -291,7 +291,7 @@ class _Draws:
 
     def _draw(self) -> None:
         clock, groups = self._optimizer._clock, self._optimizer.param_groups
-        of_groups = [(_drops_rows(group), *map(id, group["params"])) for group in groups]
+        of_groups = [(_drops_rows(group), [(id(p), p.shape) for p in group["params"]]) for group in groups]
         if of_groups != self._groups:
             asked = [m for m in members(groups) if m.param in self._weights and _drops_rows(groups[m.group])]
             self._masks, self._groups = _RowMasks(asked, [block_of(groups[m.group], m.param) for m in asked]), of_groups

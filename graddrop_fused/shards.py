@@ -79,7 +79,10 @@ def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
     if problem is not None:
         raise ValueError(f"the gradient of a parameter of shape {tuple(param.shape)} {problem}")
     grad = placed_like(param, grad)
-    grad = grad.to_local() if is_dtensor(grad) else grad
+    if is_dtensor(grad):
+        grad = grad.to_local()
+        if type(grad) is not Tensor:  # such as of a collective under way: its elements do not lie at its address
+            grad = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device).copy_(grad)
     # autograd leaves some gradients as views with a lazy sign or conjugation, which kernels would not see
     return grad.as_subclass(Tensor).resolve_conj().resolve_neg()
 

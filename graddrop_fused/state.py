@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import block_steps
+from . import block_steps, validate
 from .checks import shown
 from .groups import Member
 from .rules import Rule
@@ -32,6 +32,7 @@ def check(called: str, entry: Mapping[str, Any], param: Tensor, rule: Rule) -> N
     for name in rule.states:
         if name in entry:
             check_tensor(f"state {name!r} of parameter {called}", entry[name], param)
+            validate.whole_memory(f"state {name!r} of parameter {called}", entry[name])
             if entry[name].device != param.device:
                 raise ValueError(
                     f"state {name!r} of parameter {called} must be on its parameter's device {param.device}, got "
@@ -94,14 +95,20 @@ def complete(entry: Mapping[str, Any], param: Tensor, rule: Rule, dtype: torch.d
         old = entry.get(name)
         if old is None:
             found[name] = like(param, dtype).zero_()
-        elif old.dtype != dtype or local(old).stride() != local(param).stride() or _unusual(old, param):
+        elif old.dtype != dtype or local(old).stride() != local(param).stride() or unfit(old, param):
             found[name] = like(param, dtype).copy_(old)
     return found
 
 
-def _unusual(state: Tensor, param: Tensor) -> bool:
-    """A DTensor placed otherwise, or a subclass whose memory kernels cannot see."""
-    return is_dtensor(param) and not (is_dtensor(state) and state.placements == param.placements)
+def unfit(state: Tensor, param: Tensor) -> bool:
+    """Is it a DTensor placed otherwise, or are its elements not what stands at its address (a wrapper subclass, a lazy
+    sign), or is it an inference tensor outside of inference mode?"""
+    if state.is_inference() and not torch.is_inference_mode_enabled():
+        return True
+    if is_dtensor(param) and not (is_dtensor(state) and state.placements == param.placements):
+        return True
+    state, param = local(state), local(param)
+    return state.is_neg() or (type(param) in validate.ORDINARY and not validate.has_memory(state))
 
 
 def missing(

@@ -296,9 +296,9 @@ class _Tables:
 
 def chunk_table(numels: Sequence[int] | Tensor) -> Tensor:
     """(programs, 2), int64: the tensor and the first element of each program's chunk."""
-    counts = -(-torch.as_tensor(numels, dtype=torch.int64) // CHUNK)
-    tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    start = (torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]) * CHUNK
+    counts = -(-torch.as_tensor(numels, dtype=torch.int64, device="cpu") // CHUNK)
+    tensor = torch.repeat_interleave(counts)
+    start = (torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]) * CHUNK
     return torch.stack([tensor, start], 1)
 
 

@@ -214,12 +214,17 @@ def param(called: str, value: Any, index: int | None = None) -> None:
             f"{called} must not be expanded or overlap itself (elements would share memory), got shape "
             f"{tuple(part.shape)} with strides {part.stride()}"
         )
-    if type(value) in ORDINARY and part.device.type in ("cpu", "cuda") and part.numel():
-        needed = _extent(part)
-        held = part.untyped_storage().nbytes() // part.element_size() - part.storage_offset()
+    whole_memory(called, value)
+
+
+def whole_memory(called: str, value: Tensor) -> None:
+    """Raises ValueError if the storage of an ordinary tensor ends before its elements do."""
+    if type(value) in ORDINARY and value.device.type in ("cpu", "cuda") and value.numel():
+        needed = _extent(value)
+        held = value.untyped_storage().nbytes() // value.element_size() - value.storage_offset()
         if needed > held:
             raise ValueError(
-                f"{called} must have memory for its shape {tuple(part.shape)}, which takes {needed} elements, but its "
+                f"{called} must have memory for its shape {tuple(value.shape)}, which takes {needed} elements, but its "
                 f"storage has {held}"
             )
 
@@ -249,7 +254,7 @@ def gradient(member: Member, grad: Tensor | None) -> None:
     problem = place_problem(param, grad)
     if problem is not None:
         _refuse(member, problem)
-    if type(grad) not in ORDINARY and type(param) in ORDINARY and not _has_memory(grad):
+    if type(grad) not in ORDINARY and type(param) in ORDINARY and not has_memory(grad):
         _refuse(member, f"must be an ordinary tensor like its parameter, got a {type(grad).__name__} without memory")
 
 
@@ -257,7 +262,8 @@ def _refuse(member: Member, problem: str) -> None:
     raise ValueError(f"the gradient of parameter {member.called} {problem}")
 
 
-def _has_memory(tensor: Tensor) -> bool:
+def has_memory(tensor: Tensor) -> bool:
+    """Do its elements lie at its address? Not those of wrapper subclasses, and of zeros that autograd never made."""
     if is_fake(tensor):
         return False
     try:

@@ -639,6 +639,34 @@ def test_state_that_was_replaced_is_looked_at_again():
     assert torch.equal(p, before)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", ["strided", "lazy sign"])
+def test_state_put_in_by_hand_that_is_not_packed_close(how, backend):
+    params, truth = named(), named()
+    memory = None
+    for ps in (params, truth):
+        opt = optimizer(RULES["AdamW"][0], ps, BLOCKS["toggle"], backend=backend)
+        run(opt, ps, range(2))
+        entry = opt.state[ps["tall"]]
+        if ps is params:
+            old = entry["exp_avg"]
+            memory = torch.stack([old, torch.ones_like(old), torch.ones_like(old)], 1)
+            entry["exp_avg"] = memory[:, 0] if how == "strided" else torch._neg_view(-old)
+        run(opt, ps, range(2, 2 * PER_EPOCH))
+    for name in params:
+        assert torch.equal(params[name], truth[name])
+    assert (memory[:, 1:] == 1).all()  # what lies between belongs to others
+
+
+def test_state_whose_storage_is_gone():
+    params = named()
+    opt = optimizer(RULES["AdamW"][0], params, BLOCKS["toggle"])
+    run(opt, params, range(2))
+    opt.state[params["tall"]]["exp_avg"].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="state 'exp_avg' of parameter 'tall' must have memory"):
+        opt.step()
+
+
 # Memory
 
 

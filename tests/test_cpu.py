@@ -322,6 +322,24 @@ def test_not_built(reload, tmp_path):
     assert_reference_serves("was not built", "python -m graddrop_fused build")
 
 
+@pytest.mark.parametrize(
+    "method, error",
+    [("home", RuntimeError("Could not determine home directory.")), ("exists", PermissionError(13, "denied"))],
+)
+def test_not_built_and_no_cache_to_look_into(reload, tmp_path, method, error):
+    """As in containers: a user without an entry in /etc/passwd, or with the home directory of another."""
+
+    def fail(*_):
+        raise error
+
+    reload.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+    reload.setenv("GRADDROP_CACHE", "")
+    reload.setenv("XDG_CACHE_HOME", "")
+    reload.setattr(Path, method, fail)
+    reload.again()
+    assert_reference_serves("was not built", "python -m graddrop_fused build")
+
+
 def test_broken(reload, tmp_path):
     (tmp_path / "_cpu.abi3.so").write_bytes(b"not a library")
     reload.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))

@@ -104,6 +104,10 @@ def meta_state(params, optimizer):
     optimizer.state[params["a"]]["exp_avg_sq"] = torch.zeros(17, 23, device="meta")
 
 
+def state_of_an_empty_storage(params, optimizer):
+    optimizer.state[params["a"]]["exp_avg"].untyped_storage().resize_(0)
+
+
 def negative_step(params, optimizer):
     optimizer.state[params["a"]]["step"] = torch.tensor(-1.0)
 
@@ -137,6 +141,7 @@ BROKEN = [
     complex_state,
     list_state,
     meta_state,
+    state_of_an_empty_storage,
     negative_step,
     half_step,
     integer_parameter,
@@ -202,6 +207,42 @@ def test_a_parameter_turned_round_no_longer_has_its_states_shape(backend):
     params["a"].grad = torch.zeros(23, 17)
     with pytest.raises(ValueError, match="state 'exp_avg' of parameter 'a' must have its parameter's shape"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_shape_of_as_many_elements_is_not_its_states(backend):
+    params, optimizer = made(backend)
+    optimizer.step()
+    params["a"].data = params["a"].data.view(23, 17)
+    params["a"].grad = torch.zeros(17, 23).t()
+    before = everything(params, optimizer)
+    with pytest.raises(ValueError, match="state 'exp_avg' of parameter 'a' must have its parameter's shape"):
+        optimizer.step()
+    assert_unchanged(before, params, optimizer)
+
+
+@pytest.mark.parametrize("masked", [*BACKENDS, "attach"])
+def test_another_shape_of_as_many_elements_without_state(masked):
+    """Rows and strides are then those of the new shape."""
+    p = nn.Parameter(torch.zeros(4, 6))
+    drop = GradDrop(0.5, block="row")
+    if masked == "attach":
+        optimizer = torch.optim.SGD([("w", p)], lr=1.0)
+        mask_of = attach(optimizer, drop).keep_mask
+    else:
+        optimizer = GradDropSGD([("w", p)], lr=1.0, drop=drop, backend=masked)
+        mask_of = optimizer.keep_mask
+    p.grad = torch.ones(4, 6)
+    optimizer.step()
+    p.data = p.data.zero_().view(6, 4)
+    memory = torch.ones(100)
+    for grad in (memory[:24].view(4, 6).t(), memory[24:48].view(6, 4)):
+        p.data.zero_()
+        p.grad = grad
+        mask = mask_of(p)
+        optimizer.step()
+        assert torch.equal(p.detach(), -2.0 * mask)
+    assert (memory[48:] == 1.0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -288,11 +329,94 @@ def test_subclasses_as_gradients(backend):
     assert_unchanged(before, params, optimizer)
 
 
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: torch._neg_view(-state),  # as that of x.conj().imag
+        lambda state: Elsewhere(state.clone()),
+        lambda state: torch._efficientzerotensor(state.shape),
+    ],
+    ids=["lazy sign", "wrapper subclass", "zeros without memory"],
+)
+def test_state_put_in_by_hand_that_does_not_lie_at_its_address(change, backend):
+    params, optimizer = made(backend)
+    truth, expected = made(backend)
+    for ps, o in ((params, optimizer), (truth, expected)):
+        o.step()
+        o.state[ps["a"]]["exp_avg"] = change(o.state[ps["a"]]["exp_avg"])
+        if o is expected:
+            plain = o.state[ps["a"]]["exp_avg"]
+            o.state[ps["a"]]["exp_avg"] = plain.inner if isinstance(plain, Elsewhere) else plain.clone().resolve_neg()
+        give(ps, 2)
+        o.step()
+    for name in params:
+        assert torch.equal(params[name], truth[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_entries_of_state_that_change_places(backend):
+    """The dict's values are then the same, in the same order."""
+    ours, theirs = ([nn.Parameter(torch.zeros(3)) for _ in range(2)] for _ in range(2))
+    for ps, o in ((ours, GradDropAdamW(ours, backend=backend)), (theirs, torch.optim.AdamW(theirs, foreach=False))):
+        for step in range(3):
+            ps[0].grad, ps[1].grad = torch.full((3,), step + 1.0), torch.full((3,), -3.0)
+            if step == 2:
+                first, second = (o.state.pop(p) for p in ps)
+                o.state[ps[1]], o.state[ps[0]] = first, second
+            o.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_put_in_by_hand_may_be_a_number(backend, capturable):
+    params, optimizer = made(backend, capturable=capturable)
+    truth, expected = made(backend, capturable=capturable)
+    for (ps, o), step in (((params, optimizer), 5), ((truth, expected), torch.tensor(5.0))):
+        o.step()
+        o.state[ps["a"]]["step"] = step
+        o.step()
+        assert o.state[ps["a"]]["step"] == torch.tensor(6.0)
+    for name in params:
+        assert torch.equal(params[name], truth[name])
+
+
+def test_a_parameter_with_a_lazy_sign_goes_to_the_reference():
+    values = torch.randn(17, 3, dtype=torch.complex64, generator=torch.Generator().manual_seed(3)).conj()
+    ours, theirs = nn.Parameter(values.imag), nn.Parameter(values.imag.clone().resolve_neg())
+    assert ours.is_neg()
+    ours.grad, theirs.grad = torch.ones(17, 3), torch.ones(17, 3)
+    GradDropAdamW([("w", ours)], lr=1e-2).step()
+    torch.optim.AdamW([theirs], lr=1e-2, foreach=False).step()
+    torch.testing.assert_close(ours.detach().resolve_neg(), theirs.detach())
+    with pytest.raises(RuntimeError, match="lazy negative sign"):
+        GradDropAdamW([("w", ours)], backend="cpu").step()
+
+
 def test_inference_tensors():
     with torch.inference_mode():
         frozen = torch.zeros(3)
     with pytest.raises(ValueError, match="'w'.*inference"):
         GradDropAdamW([("w", frozen)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"capturable": True}, {"drop": GradDropEpoch(0.5, block=128), "effect": "freeze", "active_state": True}],
+    ids=["plain", "capturable", "active_state"],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_in_and_out_of_inference_mode(backend, options):
+    """What a step makes in it is an inference tensor, which the next step outside must not write to."""
+    params, optimizer = made(backend, steps_per_epoch=2, **options)
+    truth, expected = made(backend, steps_per_epoch=2, **options)
+    for inference in (True, False, True, False):
+        with torch.inference_mode(inference):
+            optimizer.step()
+        expected.step()
+    for name in params:
+        assert torch.equal(params[name], truth[name])
 
 
 def test_empty_tensors_of_any_stride():
@@ -989,13 +1113,23 @@ def test_torch_compile_of_a_subclass_s_own_step():
     assert optimizer.draw == 3
 
 
-def test_another_default_device():
-    params, optimizer = made("reference", drop=GradDropEpoch(0.5, toggle=True), steps_per_epoch=2)
-    truth, expected = made("reference", drop=GradDropEpoch(0.5, toggle=True), steps_per_epoch=2)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [{"drop": GradDropEpoch(0.5, toggle=True)}, {"drop": GradDrop(0.5, block=128), "effect": "freeze"}],
+    ids=["elements", "blocks"],
+)
+def test_another_default_device(options, backend):
+    params, optimizer = made(backend, steps_per_epoch=2, **options)
+    truth, expected = made(backend, steps_per_epoch=2, **options)
     with torch.device("meta"):
         for _ in range(3):
             optimizer.step()
         saved = optimizer.state_dict()
+        optimizer.load_state_dict(saved)
+        saved["param_groups"][0].pop("draw")  # as torch's, whose steps stand in for it
+        for entry in saved["state"].values():
+            entry["step"] = int(entry["step"])
         optimizer.load_state_dict(saved)
         assert optimizer.keep_mask(params["a"]).device.type == "cpu"
     for _ in range(3):

@@ -416,6 +416,21 @@ def test_a_policy_that_changes_between_steps():
     compare(POLICIES["drawn"], train=train_changing)
 
 
+def test_a_weight_that_grows():
+    """As a vocabulary does, in the memory of the same parameter."""
+    weight = nn.Parameter(torch.zeros(3, 2))
+    module = nn.Linear(2, 3, bias=False)
+    module.weight = weight
+    opt = GradDropSGD([("weight", weight)], lr=1.0, drop=POLICIES["drawn"])
+    with skip_dropped_rows(module, opt):
+        for rows in (3, 40, 5):
+            weight.data, weight.grad = torch.zeros(rows, 2), None
+            kept = opt.keep_mask(weight)
+            module(torch.ones(1, 2)).sum().backward()
+            opt.step()
+            assert torch.equal(weight.detach() != 0, kept)
+
+
 def test_ddp():
     ranks.run(replicated, 2)
 

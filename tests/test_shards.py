@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.two_tensor import TwoTensor
 
 from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, StaticMask, attach
 from graddrop_fused.shards import local, place, shard_of
@@ -204,6 +205,51 @@ def state_that_lies_otherwise(rank, world):
     opt.state[param]["exp_avg"] = whole
     with pytest.raises(ValueError, match="state 'exp_avg' of parameter 'w' must be a DTensor like its parameter"):
         opt.step()
+
+
+def test_gradients_whose_collective_is_under_way():
+    ranks.run(gradients_under_way, 2)
+
+
+def gradients_under_way(rank, world):
+    """Such a tensor has no memory of its own: whoever reads its address takes it for zeros."""
+    mesh = init_device_mesh("cpu", (2,))
+    for make in (lambda params: attached_sgd(params)[0], lambda params: GradDropAdamW(params, drop=GradDrop(0.5))):
+        truth = {name: nn.Parameter(value) for name, value in whole().items()}
+        params = {name: nn.Parameter(distribute_tensor(value, mesh, [Replicate()])) for name, value in whole().items()}
+        for name in truth:
+            truth[name].grad = gradient(name, 0)
+            cut = distribute_tensor(gradient(name, 0), mesh, [Shard(0)])
+            params[name].grad = cut.redistribute(mesh, [Replicate()], async_op=True)
+        assert any(type(p.grad.to_local()) is not torch.Tensor for p in params.values())
+        make(truth.items()).step()
+        make(params.items()).step()
+        for name, p in params.items():
+            assert torch.equal(p.to_local(), truth[name]), name
+
+
+def test_a_local_tensor_of_a_wrapper_subclass():
+    ranks.run(a_local_wrapper, 1)
+
+
+def a_local_wrapper(rank, world):
+    """As FSDP2 cuts weights of quantisation libraries: the reference serves them, as it does without a DTensor."""
+    mesh = init_device_mesh("cpu", (1,))
+    spec = distribute_tensor(torch.zeros(7, 5), mesh, [Shard(0)])._spec
+    inner = whole()["tall"].clone()
+    ours = nn.Parameter(DTensor(TwoTensor(inner, inner.clone()), spec, requires_grad=False))
+    theirs = nn.Parameter(whole()["tall"])
+    for p, opt in (
+        (ours, GradDropAdamW([("w", ours)], lr=1e-2)),
+        (theirs, GradDropAdamW([("w", theirs)], lr=1e-2, backend="reference")),
+    ):
+        grad = gradient("tall", 0)
+        p.grad = grad if p is theirs else distribute_tensor(grad, mesh, [Shard(0)])
+        opt.step()
+        opt.step()
+    assert torch.equal(inner, theirs)
+    with pytest.raises(RuntimeError, match="cannot serve a parameter of class TwoTensor"):
+        GradDropAdamW([("w", ours)], backend="cpu").step()
 
 
 def attached_sgd(params):

@@ -311,6 +311,14 @@ def test_moved_gradients_are_described_anew():
         assert tables.layout_now(batch) is layout
 
 
+def test_another_default_device():
+    batch = parity.build(parity.Case("elsewhere", (parity.Spec((17, 23)), parity.Spec((400, 30), order=(1, 0)))))
+    expected = triton_backend._Tables(batch, torch.device("cpu"), True)
+    with torch.device("meta"):
+        tables = triton_backend._Tables(batch, torch.device("cpu"), True)
+    assert torch.equal(tables.layout, expected.layout) and torch.equal(tables.chunks, expected.chunks)
+
+
 def test_schedules_that_end_compile_nothing_more():
     """A batch that does not say what it can reach: KEEP and DROP come and go, tensors left alone too."""
     Spec, Mask, Effect = parity.Spec, parity.Mask, parity.Effect
