@@ -60,7 +60,7 @@ const Level& level_at(int64_t level) {
   return level_default;
 }
 
-constexpr int64_t LEAST_SHARE = 4096, LARGEST_SHARE = 131072;  // elements
+constexpr int64_t LEAST_SHARE = 4096, LARGEST_SHARE = 524288;  // elements
 
 // Cuts all tensors together into shares of equal size; whoever is free takes the next one.
 void for_all(const Level& level, const Call& call, OnStretch on_stretch) {
@@ -70,7 +70,7 @@ void for_all(const Level& level, const Call& call, OnStretch on_stretch) {
   if (total == 0) return;
 
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t fair = (total / (threads * 8) + TILE - 1) / TILE * TILE;
+  const int64_t fair = (total / (threads * 16) + TILE - 1) / TILE * TILE;
   const int64_t share = std::clamp(fair, LEAST_SHARE, LARGEST_SHARE);
   const int64_t shares = (total + share - 1) / share;
   std::atomic<int64_t> next{0};
