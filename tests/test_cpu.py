@@ -21,6 +21,8 @@ from graddrop_fused.rules import SGD, AdamW, MaskOnly
 CPU = torch.device("cpu")
 LEVELS = list(range(len(cpu.levels()))) + [cpu.ORACLE]
 NAMES = {**dict(enumerate(cpu.LEVELS)), cpu.ORACLE: "oracle"}
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+OTHER_DTYPES = [(F32, F32, F16), (F32, F32, F64), (BF16, BF16, F16), (F64, F32, F64), (F64, F64, F32)]  # of `Case`
 SIMD = [level for level in LEVELS if level != cpu.ORACLE]
 
 needs_op = pytest.mark.skipif(cpu.unavailable(CPU) is not None, reason=str(cpu.unavailable(CPU)))
@@ -101,6 +103,15 @@ def test_fuzz_masks(level, case):
 @pytest.mark.parametrize("case", parity.CASES, ids=str)
 def test_levels_give_the_oracles_bits(level, case):
     assert_same_as_oracle(level, case)
+
+
+@needs_op
+@at_every_simd_level
+@pytest.mark.parametrize("dtypes", OTHER_DTYPES, ids=lambda dtypes: "-".join(map(str, dtypes)))
+def test_other_dtypes_are_widened(level, dtypes):
+    """Those that no optimizer has: they were taken for bfloat16 or float64, and memory read and written beyond."""
+    for rule in parity.RULES.values():
+        compare_with_oracle(level, parity.Case("other", (parity.Spec((1000,)),), *dtypes, rule=rule))
 
 
 @needs_op
