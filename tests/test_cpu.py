@@ -1,6 +1,7 @@
 """The native CPU op: every instruction-set level of this processor against the reference and, bit for bit, the
 oracle."""
 
+import math
 import os
 import re
 import shutil
@@ -126,6 +127,20 @@ def test_subnormal_state_becomes_zero(level):
     for tensors in (batch.params, *batch.states):
         assert torch.equal(tensors[0], torch.zeros(300))
     assert (torch.full((100,), 1e-39) * 1.0 != 0).all()
+
+
+@needs_op
+@at_every_level
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_a_nan_stays_in_amsgrads_maximum(level, dtype):
+    """As in torch.maximum, also where exp_avg_sq has none, since somebody has put another in its place."""
+    case = parity.Case("nan", (parity.Spec((300,)),), dtype, dtype, dtype, rule=AdamW(amsgrad=True))
+    batch = parity.build(case)
+    batch.states[2][0][::3] = math.nan
+    cpu.update(batch, case.rule, seed=case.seed, level=level)
+    there = torch.arange(300) % 3 == 0
+    assert torch.equal(batch.params[0].isnan(), there) and torch.equal(batch.states[2][0].isnan(), there)
+    assert not batch.states[1][0].isnan().any()
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ struct Double {
     return decisions.bit(i);
   }
   static double set(double x) { return x; }
-  static double max(double a, double b) { return a > b ? a : b; }
+  static double max(double a, double b) { return a > b || a != a ? a : b; }
   static double sqrt(double a) { return std::sqrt(a); }
   static double sign(double a) { return static_cast<double>(a > 0) - static_cast<double>(a < 0); }
   static void pin(double&) {}
