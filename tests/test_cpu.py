@@ -1,6 +1,7 @@
 """The native CPU op: every instruction-set level of this processor against the reference and, bit for bit, the
 oracle."""
 
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from graddrop_fused.rules import SGD, AdamW, MaskOnly
 CPU = torch.device("cpu")
 LEVELS = list(range(len(cpu.levels()))) + [cpu.ORACLE]
 NAMES = {**dict(enumerate(cpu.LEVELS)), cpu.ORACLE: "oracle"}
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+OTHER_DTYPES = [(F32, F32, F16), (F32, F32, F64), (BF16, BF16, F16), (F64, F32, F64), (F64, F64, F32)]  # of `Case`
 SIMD = [level for level in LEVELS if level != cpu.ORACLE]
 
 needs_op = pytest.mark.skipif(cpu.unavailable(CPU) is not None, reason=str(cpu.unavailable(CPU)))
@@ -104,6 +107,15 @@ def test_levels_give_the_oracles_bits(level, case):
 
 
 @needs_op
+@at_every_simd_level
+@pytest.mark.parametrize("dtypes", OTHER_DTYPES, ids=lambda dtypes: "-".join(map(str, dtypes)))
+def test_other_dtypes_are_widened(level, dtypes):
+    """Those that no optimizer has: they were taken for bfloat16 or float64, and memory read and written beyond."""
+    for rule in parity.RULES.values():
+        compare_with_oracle(level, parity.Case("other", (parity.Spec((1000,)),), *dtypes, rule=rule))
+
+
+@needs_op
 @at_every_level
 def test_subnormal_state_becomes_zero(level):
     """What decays without gradients would stay subnormal for ever, and slow. Callers' arithmetic is not touched."""
@@ -115,6 +127,20 @@ def test_subnormal_state_becomes_zero(level):
     for tensors in (batch.params, *batch.states):
         assert torch.equal(tensors[0], torch.zeros(300))
     assert (torch.full((100,), 1e-39) * 1.0 != 0).all()
+
+
+@needs_op
+@at_every_level
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_a_nan_stays_in_amsgrads_maximum(level, dtype):
+    """As in torch.maximum, also where exp_avg_sq has none, since somebody has put another in its place."""
+    case = parity.Case("nan", (parity.Spec((300,)),), dtype, dtype, dtype, rule=AdamW(amsgrad=True))
+    batch = parity.build(case)
+    batch.states[2][0][::3] = math.nan
+    cpu.update(batch, case.rule, seed=case.seed, level=level)
+    there = torch.arange(300) % 3 == 0
+    assert torch.equal(batch.params[0].isnan(), there) and torch.equal(batch.states[2][0].isnan(), there)
+    assert not batch.states[1][0].isnan().any()
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ import torch
 from interpreter import repaired_interpreter
 from passes import several_passes
 
-from graddrop_fused import GradDropAdamW, GradDropEpoch, triton_backend
-from graddrop_fused.contract import Layout
+from graddrop_fused import GradDropAdamW, GradDropEpoch, mask_stream, reference, triton_backend
+from graddrop_fused.contract import Batch, Layout, Real
 from graddrop_fused.device_rows import DeviceRow, device_rows, indexing
 from graddrop_fused.layout import LayoutTable
 from graddrop_fused.rules import Rule
@@ -157,6 +157,30 @@ def test_indices_of_64_bits(small_passes, monkeypatch, case):
 
 
 @interpreted
+@pytest.mark.parametrize("offset", [0, 77])
+def test_pack_beyond_32_bits_beside_a_strided_tensor(small_passes, monkeypatch, offset):
+    """The last chunks of a linear tensor, in a call whose strided one needs indices of 32 bits only."""
+    n, first = 2**31 + 3 * CHUNK + 100, 2**31 + CHUNK
+    row = [parity.Mask.ELEMENT, parity.Effect.GRADIENT, 1, 7, *mask_stream.bernoulli_window(0.5), 1]
+    shards = [parity.Shard((n,), (1,), offset), parity.Shard.box((5, 9), (5, 23), (0, 3))]
+    words = [torch.empty((shard.numel + 31) // 32, dtype=torch.int32) for shard in shards]
+    integers, reals = torch.tensor([row] * 2), torch.ones(2, Real.columns(), dtype=torch.float64)
+    chunk_table = triton_backend.chunk_table
+
+    def last_chunks(numels):
+        table = chunk_table(numels)
+        return table[(table[:, 0] == 1) | (table[:, 1] >= first)]
+
+    monkeypatch.setattr(triton_backend, "chunk_table", last_chunks)
+    triton_backend.pack(Batch([], shards, integers, reals, packed=words), seed=5)
+    shards[0] = parity.Shard((n - first,), (1,), offset + first)
+    expected = [torch.empty((shard.numel + 31) // 32, dtype=torch.int32) for shard in shards]
+    reference.pack(Batch([], shards, integers, reals, packed=expected), seed=5)
+    assert torch.equal(words[0][first // 32 :], expected[0])
+    assert torch.equal(words[1], expected[1])
+
+
+@interpreted
 def test_one_launch_for_all_tensors(small_passes, monkeypatch):
     from graddrop_fused.kernels.triton import kernels
 
@@ -203,10 +227,10 @@ def test_active_runs(small_passes, drop, dtype, rounding):
         sides.append([t for p in params.values() for t in (p.detach(), *opt.state.get(p, {}).values())])
     assert len(sides[0]) == len(sides[1]) > len(shapes)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-9}
-    for ours, reference in zip(*sides, strict=True):
-        torch.testing.assert_close(ours, reference, **tolerance)
+    for ours, theirs in zip(*sides, strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
         if dtype == torch.bfloat16:  # the same random numbers: but for sums on an edge, the same bits
-            assert (ours != reference).sum() <= 0.01 * ours.numel()
+            assert (ours != theirs).sum() <= 0.01 * ours.numel()
 
 
 def test_a_rule_without_a_kernel_is_refused():

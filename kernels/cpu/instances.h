@@ -22,7 +22,7 @@ struct Double {
     return decisions.bit(i);
   }
   static double set(double x) { return x; }
-  static double max(double a, double b) { return a > b ? a : b; }
+  static double max(double a, double b) { return a > b || a != a ? a : b; }
   static double sqrt(double a) { return std::sqrt(a); }
   static double sign(double a) { return static_cast<double>(a > 0) - static_cast<double>(a < 0); }
   static void pin(double&) {}
@@ -40,10 +40,11 @@ constexpr Kernels kernels_for() {
            update_tiles<Draw, Rule, Param, Grad, State, Select::PARAMETER>}};
 }
 
-// The combinations of dtypes that have pipelines of their own. The driver widens all others to float32 tile by tile.
+// The combinations of dtypes that have pipelines of their own. The driver widens all others tile by tile.
 template <class Draw, class Rule>
 Kernels narrow_kernels(Dtypes dtypes) {
   if (dtypes.param != dtypes.grad) return {};
+  if (Rule::STATES > 0 && dtypes.state != Dtype::FLOAT32 && dtypes.state != Dtype::BFLOAT16) return {};
   const bool f32_state = Rule::STATES == 0 || dtypes.state == Dtype::FLOAT32;
   switch (dtypes.param) {
     case Dtype::FLOAT32:
@@ -83,6 +84,7 @@ Kernels find_kernels(int64_t rule, Dtypes dtypes, bool rounds, List<Narrow...>, 
   if (rounds) {
     ((rule == k++ ? void(found = rounded_kernels<Draw, Narrow>(dtypes)) : void()), ...);
   } else if (dtypes.param == Dtype::FLOAT64) {
+    if (dtypes.grad != Dtype::FLOAT64 || dtypes.state != Dtype::FLOAT64) return {};
     ((rule == k++ ? void(found = kernels_for<Draw, Wide, double, double>()) : void()), ...);
   } else {
     ((rule == k++ ? void(found = narrow_kernels<Draw, Narrow>(dtypes)) : void()), ...);

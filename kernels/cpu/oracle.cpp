@@ -100,7 +100,7 @@ void adamw(Real& p, Real g, Real* s, int64_t states, const Real* f) {
   const Real decay = f[0], step = f[1], one_minus_beta1 = f[2], beta2 = f[3], one_minus_beta2 = f[4], eps = f[5];
   s[0] = s[0] + one_minus_beta1 * (g - s[0]);
   s[1] = beta2 * s[1] + one_minus_beta2 * g * g;
-  if (states == 3) s[2] = s[2] > s[1] ? s[2] : s[1];
+  if (states == 3) s[2] = s[2] > s[1] || std::isnan(s[2]) ? s[2] : s[1];
   p = p * decay - step * s[0] / (std::sqrt(s[states - 1]) + eps);
 }
 

@@ -16,7 +16,9 @@ struct Floats8 {
   using Kept = __m256;  // all ones where kept
 
   static Floats set(float x) { return _mm256_set1_ps(x); }
-  static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+  static Floats max(Floats a, Floats b) {  // NaN where either is: the instruction's own is b where a is NaN
+    return _mm256_or_ps(_mm256_max_ps(a, b), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  }
   static Floats sqrt(Floats a) { return _mm256_sqrt_ps(a); }
   static Floats sign(Floats a) {
     const Floats signed_one = _mm256_or_ps(_mm256_and_ps(a, _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1.0f));

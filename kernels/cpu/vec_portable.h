@@ -60,7 +60,7 @@ struct Float1 {
   static Kept kept(const LaneDecisions& decisions, int i) { return decisions.kept[i]; }
 
   static float set(float x) { return x; }
-  static float max(float a, float b) { return a > b ? a : b; }  // b where either is NaN
+  static float max(float a, float b) { return a > b || a != a ? a : b; }  // NaN where either is
   static float sqrt(float a) { return std::sqrt(a); }
   static float sign(float a) { return static_cast<float>(a > 0) - static_cast<float>(a < 0); }
 

@@ -446,13 +446,14 @@ def pack_kernel(
     number: tl.constexpr = tl.int64 if WIDE else tl.int32
     dims = dimensions(row, number, DIMS)
     for base in range(middle, stop, STRIDED):
-        position = base + tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        position = base + (tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]).to(tl.int64)
         inside = position < stop
         steps = position
         if DIMS > 0:
-            _, _, steps, _ = locate(position.to(number), dims, DIMS)
+            _, _, located, _ = locate(position.to(number), dims, DIMS)
+            steps = tl.where(is_linear(row), position, located)  # a linear tensor may reach beyond `number`
         index = offset + steps
         kept = inside & strided_kept(kind, position, inside, index, packed, block, window, key, KINDS)
         words = tl.sum(kept.to(tl.int32) << tl.arange(0, 32)[None, :], 1)
-        first_bits = base + tl.arange(0, WORDS) * 32
+        first_bits = base + (tl.arange(0, WORDS) * 32).to(tl.int64)
         tl.store(packed + first_bits // 32, words, mask=first_bits < stop)
