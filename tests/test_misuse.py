@@ -419,6 +419,19 @@ def test_steps_in_and_out_of_inference_mode(backend, options):
         assert torch.equal(params[name], truth[name])
 
 
+def test_attached_masks_in_and_out_of_inference_mode():
+    params, truth = ({name: nn.Parameter(torch.ones(shape)) for name, shape in SHAPES.items()} for _ in range(2))
+    for ps, modes in ((params, (True, False, True, False)), (truth, (False,) * 4)):
+        optimizer = torch.optim.SGD(ps.items(), lr=1.0)
+        attach(optimizer, GradDrop(0.5))
+        for inference in modes:
+            give(ps)
+            with torch.inference_mode(inference):
+                optimizer.step()
+    for name in params:
+        assert torch.equal(params[name], truth[name])
+
+
 def test_empty_tensors_of_any_stride():
     empty = torch.empty(0).as_strided((0, 4), (0, 0))
     params = [("e", nn.Parameter(empty)), ("w", nn.Parameter(torch.ones(3)))]
