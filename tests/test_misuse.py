@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 import warnings
+from collections import namedtuple
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -672,6 +673,8 @@ def test_strings_of_every_class_can_be_saved():
         {"params": [(numpy.str_("a"), nn.Parameter(torch.ones(3)))], "layer": Name.FIRST},
         {"params": [("b", nn.Parameter(torch.ones(3)))], "layer": numpy.str_("last"), "effect": numpy.str_("freeze")},
     ]
+    groups[0]["betas"] = namedtuple("Betas", "first second")(numpy.float64(0.5), numpy.float64(0.75))
+    groups[1]["note"] = {numpy.str_("of"): numpy.str_("mine")}
     optimizer = GradDropAdamW(groups, drop=GradFreeze(numpy.str_("bottom-up")), rounding=numpy.str_("nearest"))
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
@@ -680,6 +683,7 @@ def test_strings_of_every_class_can_be_saved():
     optimizer.load_state_dict(loaded)
     first, last = loaded["param_groups"]
     assert (first["layer"], first["param_names"], last["layer"], last["effect"]) == ("first", ["a"], "last", "freeze")
+    assert first["betas"] == [0.5, 0.75] and last["note"] == {"of": "mine"}
     assert optimizer.param_groups[0]["drop"] == GradFreeze("bottom-up")
 
 
