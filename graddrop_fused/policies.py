@@ -81,8 +81,9 @@ class Policy:
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
         Policy.registry[cls.__name__] = cls
-        if "row" in vars(cls):  # other rows than those of the base, which may not have differed
-            cls.rows_differ_by_layer = vars(cls).get("rows_differ_by_layer", True)
+        says = next(base for base in cls.__mro__ if not {"row", "rows_differ_by_layer"}.isdisjoint(vars(base)))
+        if "rows_differ_by_layer" not in vars(says):  # other rows than those of a base, which may not have differed
+            cls.rows_differ_by_layer = True
 
     def index(self, layers: int) -> Index:
         """Which row is in force, for a model of ``layers`` layers."""

@@ -78,7 +78,16 @@ class FirstLayerOfOurs(GradDrop):
     row = FirstLayer.row
 
 
-@pytest.mark.parametrize("policy", [FirstLayer, FirstLayerOfOurs])
+class FirstLayerBeside:
+    row = FirstLayer.row
+
+
+@dataclass(frozen=True)
+class FirstLayerMixed(FirstLayerBeside, GradDrop):
+    pass
+
+
+@pytest.mark.parametrize("policy", [FirstLayer, FirstLayerOfOurs, FirstLayerMixed])
 def test_rows_of_ones_own_policy_may_differ_by_layer(policy):
     for capturable in (False, True):
         params, opt = run(policy(0.5), "freeze", capturable, tell=False)
