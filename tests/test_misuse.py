@@ -621,6 +621,8 @@ WRONG_VALUES = {
     "integer moment": lambda s: s["state"][0].update(exp_avg=torch.zeros(17, 23, dtype=torch.int64)),
     "list moment": lambda s: s["state"][0].update(exp_avg=[1.0]),
     "no moment": lambda s: s["state"][0].pop("exp_avg"),
+    "moment without memory": lambda s: s["state"][0]["exp_avg"].untyped_storage().resize_(0),
+    "step without memory": lambda s: s["state"][0]["step"].untyped_storage().resize_(0),
     "drop 5": lambda s: s["param_groups"][0].update(drop=5),
     "drop nonsense": lambda s: s["param_groups"][0].update(drop={"policy": "Nonsense"}),
     "drop argument": lambda s: s["param_groups"][0].update(drop={"policy": "GradDrop", "q": 1}),
