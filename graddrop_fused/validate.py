@@ -108,7 +108,8 @@ def new_group(
     consistent = [g for g in others if ("param_names" in g) == ("param_names" in whole)]
     if len(consistent) == len(others):  # torch refuses a mixture of named and unnamed in its own words
         groups([*others, whole])
-    return {**group, "params": params}
+    unnamed = [value if name is None else (name, value) for name, value in named]  # whose name is None, too
+    return {**group, "params": unnamed}
 
 
 def listed_once(named: Sequence[tuple[Any, Tensor]], others: Sequence[Mapping[str, Any]]) -> None:
