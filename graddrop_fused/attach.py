@@ -244,10 +244,11 @@ class MaskHandle:
         wanted = [i for i, m in enumerate(every) if policy_of(groups[m.group]) is not None]
         for i in wanted:
             validate.gradient(every[i], every[i].param.grad)
-        key = [
+        key: list = [
             (i, id(m.param), m.param.shape, policy_of(groups[m.group]), groups[m.group]["layer"])
             for i, m in ((i, every[i]) for i in wanted)
         ]
+        key.append(torch.is_inference_mode_enabled())  # what is made in it must not be updated outside
         params = [local(every[i].param) for i in wanted]
         grads = [every[i].param.grad for i in wanted]
         dtypes = {i: every[i].param.dtype if g is None else g.dtype for i, g in zip(wanted, grads, strict=True)}

@@ -76,7 +76,7 @@ def check(
             f"the checkpoint must have {len(groups)} param groups like the optimizer, got {len(saved_groups)}"
         )
     loaded = [_group(g, saved, group) for g, (saved, group) in enumerate(zip(saved_groups, groups, strict=True))]
-    _order_names(saved_groups, groups, loaded)
+    _settle_names(saved_groups, groups, loaded)
     with_params = [{**values, "params": group["params"]} for values, group in zip(loaded, groups, strict=True)]
     for group in with_params:
         validate.group_options(group, rule_class)
@@ -132,11 +132,9 @@ def _group(g: int, saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[s
             f"the checkpoint's param group {g} must have {count} parameters like the optimizer's, "
             f"got {len(saved['params'])}"
         )
-    names = saved.get("param_names")
-    if names is not None and (
-        not isinstance(names, Sequence) or len(names) != count or not all(isinstance(name, str) for name in names)
-    ):
-        raise ValueError(f"the checkpoint's param_names of group {g} must have {count} names, got {shown(names)}")
+    names = saved.get("param_names", [])
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"the checkpoint's param_names of group {g} must be a list of names, got {shown(names)}")
     _check_stream(g, saved)
     policy = policy_from_state(saved.get("drop", group["drop"]), group["drop"])
     # a StaticMask's masks are not to be copied, and the clock is kept elsewhere
@@ -148,13 +146,14 @@ def _group(g: int, saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[s
     return {**kept, **values, "drop": policy}
 
 
-def _order_names(
+def _settle_names(
     saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], loaded: Sequence[dict[str, Any]]
 ) -> None:
     """Let names stand with the parameters that they name, where a checkpoint has the optimizer's in another order.
 
-    torch.distributed.checkpoint lists parameters by name and has put all but param_names into the optimizer's order.
-    Elsewhere state goes by position. Raises ValueError if it would go to other parameters than its own.
+    torch.distributed.checkpoint lists parameters by name and has put all but param_names into the optimizer's order
+    and groups; of groups that were joined since it has one's names. Elsewhere state goes by position. Raises
+    ValueError if it would go to other parameters than its own, and if a group has not a name for each parameter.
     """
     by_name = all(isinstance(param, str) for saved in saved_groups for param in saved["params"])
     own = [
@@ -163,17 +162,21 @@ def _order_names(
     ]
     mine = [canonical_name(name) for names in own for name in names]
     theirs = [canonical_name(name) for values in loaded for name in values.get("param_names", [])]
-    if mine == theirs or sorted(mine) != sorted(theirs):
+    if by_name and theirs and (set(mine) <= set(theirs) or set(theirs) <= set(mine)):
+        for values, names in zip(loaded, own, strict=True):
+            values["param_names"] = list(names)
         return
-    if not by_name:
+    for g, (values, group) in enumerate(zip(loaded, groups, strict=True)):
+        names, count = values.get("param_names"), len(group["params"])
+        if names is not None and len(names) != count:
+            raise ValueError(f"the checkpoint's param_names of group {g} must have {count} names, got {shown(names)}")
+    if mine != theirs and sorted(mine) == sorted(theirs):
         first, second = next(pair for pair in zip(mine, theirs, strict=True) if pair[0] != pair[1])
         raise ValueError(
             "the checkpoint's param_names must be in the optimizer's order, since state goes by position, got "
             f"{second!r} in the place of {first!r}: construct with parameters in the checkpoint's order, or bring the "
             "checkpoint into this one by register_load_state_dict_pre_hook"
         )
-    for values, names in zip(loaded, own, strict=True):
-        values["param_names"] = list(names)
 
 
 def _check_stream(g: int, saved: Mapping[str, Any]) -> None:

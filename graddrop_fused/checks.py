@@ -116,9 +116,10 @@ def plain(name: str, value: Any) -> Any:
     if isinstance(value, numbers.Real):
         return float(value)
     if isinstance(value, list | tuple):
-        return type(value)(plain(name, item) for item in value) if type(value) in (list, tuple) else list(value)
+        items = [plain(name, item) for item in value]
+        return tuple(items) if type(value) is tuple else items
     if isinstance(value, Mapping):
-        return {key: plain(name, item) for key, item in value.items()}
+        return {plain(name, key): plain(name, item) for key, item in value.items()}
     raise TypeError(
         f"{name} must be made of numbers, strings and None, so that a checkpoint can hold it, got {value!r}"
     )

@@ -336,6 +336,8 @@ def check(what: Callable[[str], str], entry: Mapping[str, Any], param: Tensor, r
         raise ValueError(f"{what(ACTIVE)} must be an int64 tensor of shape (runs, 3), got {shown(active)}")
     if not isinstance(steps, Tensor) or steps.dim() != 1 or not steps.dtype.is_floating_point:
         raise ValueError(f"{what('step')} must be a 1-D floating-point tensor of step counts, got {shown(steps)}")
+    for name in ("step", ACTIVE):
+        validate.whole_memory(what(name), entry[name])
     for step in steps.unique().tolist():
         state.check_step(what("step"), step)
     starts, lengths, kinds = active.to(HOST).unbind(1)

@@ -97,9 +97,8 @@ class StandIn:
     def install(self) -> None:
         self.compiled = self.module._compiled_call_impl
         self.inner = self.compiled or self.module._call_impl
-        self.module.__dict__[_IMPL] = (
-            self  # not by setattr, which Fabric's wrapper hands on to the module that it wraps
-        )
+        # not by setattr, which Fabric's wrapper hands on to the module that it wraps
+        self.module.__dict__[_IMPL] = self
 
     @property
     def is_compiled(self) -> bool:

@@ -186,8 +186,9 @@ def _table(policies: Sequence[Policy | None], layers: Layers) -> tuple[list[Row]
             length = 1 if policy is None else policy.index(layers.count).length
             if begin + length > MAX_ROWS:
                 raise ValueError(
-                    f"capturable must be False with {policy!r}: its schedule of {length} rows is longer than the table "
-                    f"of {MAX_ROWS} that a device keeps"
+                    f"capturable must be False with {policy!r}: its schedule of {length} rows, behind {begin} of other "
+                    f"groups, is longer than the table of {MAX_ROWS} that a device keeps. Layers share their rows if "
+                    "the policy's class says rows_differ_by_layer = False beside its row()"
                 )
             rows += [KEEP if policy is None else row_of(policy, i, layer, layers.count) for i in range(length)]
         first.append(begin)

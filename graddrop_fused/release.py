@@ -201,6 +201,7 @@ class ReleasedGradients:
 
     # Called by the optimizer
 
+    @torch.inference_mode(False)  # what is made here is updated in later backward passes
     @torch.no_grad()
     def end_step(self, closure: Callable[[], Any] | None) -> None:
         """Update what is left, and count the step."""

@@ -32,7 +32,6 @@ def check(called: str, entry: Mapping[str, Any], param: Tensor, rule: Rule) -> N
     for name in rule.states:
         if name in entry:
             check_tensor(f"state {name!r} of parameter {called}", entry[name], param)
-            validate.whole_memory(f"state {name!r} of parameter {called}", entry[name])
             if entry[name].device != param.device:
                 raise ValueError(
                     f"state {name!r} of parameter {called} must be on its parameter's device {param.device}, got "
@@ -53,6 +52,7 @@ def check_tensor(what: str, value: Any, param: Tensor) -> None:
     problem = place_problem(param, value)
     if problem is not None:
         raise ValueError(f"{what} {problem}")
+    validate.whole_memory(what, value)
 
 
 def check_step(what: str, step: Any) -> None:
@@ -61,6 +61,7 @@ def check_step(what: str, step: Any) -> None:
         unusual = step.layout is not torch.strided or step.is_meta
         if unusual or step.numel() != 1 or step.dtype.is_complex or step.dtype == torch.bool:
             raise ValueError(f"{what} must be one number, got {step.dtype} of shape {tuple(step.shape)}")
+        validate.whole_memory(what, step)
         step = step.item()
     if isinstance(step, bool) or not isinstance(step, int | float):
         raise TypeError(f"{what} must be a number, got {shown(step)}")
@@ -76,6 +77,7 @@ def check_block_steps(what: str, counts: Any, param: Tensor) -> None:
         raise ValueError(f"{what} must be integers in one dimension, got {counts.dtype} of shape {tuple(counts.shape)}")
     if is_dtensor(counts) or (counts.is_meta and not param.is_meta):
         raise ValueError(f"{what} must be a plain tensor with elements, got {type(counts).__name__} on {counts.device}")
+    validate.whole_memory(what, counts)
     if counts.numel() and not counts.is_meta and not 0 <= int(counts.min()) <= int(counts.max()) < 2**31:
         raise ValueError(
             f"{what} must be of at least 0 and below 2**31, got {int(counts.min())} to {int(counts.max())}"

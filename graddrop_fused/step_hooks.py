@@ -51,7 +51,7 @@ def once_gradients_are_there(
 ) -> tuple[tuple, dict[str, Any]] | None:
     """For a step's pre-hook, of what it is given, which it returns: ``act`` now, or after each call of the closure."""
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # the optimizer itself comes first
-    if closure is None:
+    if not callable(closure):  # none, or an argument of another optimizer's own
         act()
         return None
 
@@ -61,6 +61,6 @@ def once_gradients_are_there(
         act()
         return loss
 
-    if len(args) > 1:
-        return (args[0], evaluate, *args[2:]), kwargs
-    return args, {**kwargs, "closure": evaluate}
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": evaluate}
+    return (args[0], evaluate, *args[2:]), kwargs

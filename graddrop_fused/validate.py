@@ -108,7 +108,8 @@ def new_group(
     consistent = [g for g in others if ("param_names" in g) == ("param_names" in whole)]
     if len(consistent) == len(others):  # torch refuses a mixture of named and unnamed in its own words
         groups([*others, whole])
-    return {**group, "params": params}
+    unnamed = [value if name is None else (name, value) for name, value in named]  # whose name is None, too
+    return {**group, "params": unnamed}
 
 
 def listed_once(named: Sequence[tuple[Any, Tensor]], others: Sequence[Mapping[str, Any]]) -> None:
@@ -218,13 +219,14 @@ def param(called: str, value: Any, index: int | None = None) -> None:
 
 
 def whole_memory(called: str, value: Tensor) -> None:
-    """Raises ValueError if the storage of an ordinary tensor ends before its elements do."""
-    if type(value) in ORDINARY and value.device.type in ("cpu", "cuda") and value.numel():
-        needed = _extent(value)
-        held = value.untyped_storage().nbytes() // value.element_size() - value.storage_offset()
+    """Raises ValueError if the storage of an ordinary tensor, or of a DTensor's local one, ends before its elements."""
+    part = local(value)
+    if type(part) in ORDINARY and part.device.type in ("cpu", "cuda") and part.numel():
+        needed = _extent(part)
+        held = part.untyped_storage().nbytes() // part.element_size() - part.storage_offset()
         if needed > held:
             raise ValueError(
-                f"{called} must have memory for its shape {tuple(value.shape)}, which takes {needed} elements, but its "
+                f"{called} must have memory for its shape {tuple(part.shape)}, which takes {needed} elements, but its "
                 f"storage has {held}"
             )
 

@@ -667,6 +667,17 @@ def test_state_whose_storage_is_gone():
         opt.step()
 
 
+@pytest.mark.parametrize("name", ["step", "active", "exp_avg"])
+def test_a_checkpoint_whose_storage_is_gone(name):
+    params = named()
+    opt = optimizer(RULES["AdamW"][0], params, BLOCKS["toggle"])
+    run(opt, params, range(2))
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0][name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"the checkpoint's {name} of parameter 0 must have memory"):
+        opt.load_state_dict(saved)
+
+
 # Memory
 
 

@@ -117,6 +117,33 @@ def test_a_step_that_calls_its_base_is_masked_once(by_closure):
         assert handle.draw == step + 1 and torch.equal(p.detach(), before - 2.0 * mask)
 
 
+class Scaled(torch.optim.SGD):
+    def step(self, scale, closure=None):
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            group["lr"] = scale
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("by_closure", [False, True])
+def test_a_step_with_an_argument_before_the_closure(by_closure):
+    p = nn.Parameter(torch.zeros(1000))
+    opt = Scaled([p])
+    mask = attach(opt, GradDrop(0.5)).keep_mask(p)
+
+    def closure():
+        p.grad = torch.ones(1000)
+        return 1.0
+
+    if by_closure:
+        assert opt.step(0.25, closure=closure) == 1.0
+    else:
+        closure()
+        opt.step(0.25)
+    assert torch.equal(p.detach(), -0.5 * mask)
+
+
 def kept(opt, handle, params):
     """Which share of each gradient a step keeps; that it is what keep_mask says."""
     for p in params:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from policy_cases import CASES, LAYERS, PER_EPOCH, SHAPES, build, gradients
 
-from graddrop_fused import GradDrop, GradDropAdamW, Policy, attach
+from graddrop_fused import GradDrop, GradDropAdamW, Policy, attach, numbers
 from graddrop_fused.contract import Real
-from graddrop_fused.policies import DROP, KEEP
+from graddrop_fused.policies import DROP, KEEP, Index
 from graddrop_fused.rules import AdamW
 from graddrop_fused.skip import skip_dropped_layers
 from graddrop_fused.tables import runs
@@ -78,12 +78,44 @@ class FirstLayerOfOurs(GradDrop):
     row = FirstLayer.row
 
 
-@pytest.mark.parametrize("policy", [FirstLayer, FirstLayerOfOurs])
+class FirstLayerBeside:
+    row = FirstLayer.row
+
+
+@dataclass(frozen=True)
+class FirstLayerMixed(FirstLayerBeside, GradDrop):
+    pass
+
+
+@pytest.mark.parametrize("policy", [FirstLayer, FirstLayerOfOurs, FirstLayerMixed])
 def test_rows_of_ones_own_policy_may_differ_by_layer(policy):
     for capturable in (False, True):
         params, opt = run(policy(0.5), "freeze", capturable, tell=False)
         start, _ = build([None] * 3, ["freeze"] * 3)
         assert [torch.equal(p, q) for p, q in zip(params, start, strict=True)] == [False, True, True]
+
+
+@dataclass(frozen=True)
+class Long(Policy):
+    rows: int
+
+    def index(self, layers):
+        return Index("step", self.rows)
+
+    def row(self, index, layer, layers):
+        return KEEP
+
+
+@dataclass(frozen=True)
+class LongForAll(Long):
+    rows_differ_by_layer = False
+
+
+def test_a_table_that_is_too_long_says_what_it_holds(monkeypatch):
+    monkeypatch.setattr(numbers, "MAX_ROWS", 25)
+    with pytest.raises(ValueError, match="schedule of 10 rows, behind 20 of other groups, .* rows_differ_by_layer = F"):
+        run(Long(10), "gradient", True, tell=False)
+    run(LongForAll(10), "gradient", True, tell=False)
 
 
 @pytest.fixture

@@ -165,6 +165,15 @@ def test_state_of_parameters_in_another_order_is_refused():
     other.load_state_dict(torch.optim.AdamW(other.param_groups[0]["params"]).state_dict())  # without names
 
 
+def test_pairs_whose_name_is_none_have_no_names():
+    params = parameters()
+    give_gradients(params, 0)
+    opt = GradDropAdamW([(None, p) for p in params.values()], drop=GradDrop(0.5))
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    assert opt.draw == 1 and "param_names" not in opt.param_groups[0]
+
+
 def test_static_masks_by_name():
     params = parameters()
     mask = torch.rand(SHAPES["a.weight"], generator=torch.Generator().manual_seed(1)) < 0.5

@@ -164,6 +164,12 @@ def test_accelerate_s_wrapper(model):
     assert log_values(Wrapper(optimizer)) == log_values(optimizer)
 
 
+def test_a_masked_optimizer_that_has_another_one(model):
+    optimizer = GradDropAdamW(param_groups(model, drop=GradDrop(0.5)))
+    optimizer.optimizer = torch.optim.SGD([torch.ones(3)])
+    assert log_values(optimizer)["graddrop_p"] == 0.5
+
+
 @dataclass(frozen=True)
 class Listed(Schedule):
     values: tuple

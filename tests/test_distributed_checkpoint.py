@@ -91,17 +91,25 @@ def resume(rank, world, sharding, folder):
                 assert torch.equal(local(p), truth[name].flatten()[index[name]]), (key, flat, name)
 
 
-def test_a_group_that_was_split_since_goes_on_with_the_same_clock():
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("change", ["split", "joined"])
+def test_groups_that_were_split_or_joined_since_go_on_with_the_same_masks(change, named, flat):
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
-    opt = GradDropAdamW(model.parameters(), drop=GradDrop(0.5), seed=7, steps_per_epoch=2)
+    params = list(model.named_parameters() if named else model.parameters())
+    one, two = params, [{"params": params[:2]}, {"params": params[2:]}]
+    before, after = (one, two) if change == "split" else (two, one)
+    opt = GradDropAdamW(before, drop=GradDrop(0.5), seed=7, steps_per_epoch=2)
     for _ in range(5):
         model(torch.ones(1, 3)).sum().backward()
         opt.step()
-    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
-    other = GradDropAdamW([{"params": layer.parameters()} for layer in model], drop=GradDrop(0.5))
+    how = StateDictOptions(flatten_optimizer_state_dict=flat)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt, options=how))
+    other = GradDropAdamW(after, drop=GradDrop(0.5))
     model.zero_grad()
-    set_optimizer_state_dict(model, other, saved)
+    set_optimizer_state_dict(model, other, saved, options=how)
     assert (other.seed, other.draw, other.epoch) == (7, 5, 2)
+    assert [name for g in other.param_groups for name in g.get("param_names", [])] == [p[0] for p in params if named]
     for p in model.parameters():
         assert torch.equal(other.keep_mask(p), opt.keep_mask(p))
 

@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 import warnings
+from collections import namedtuple
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -419,6 +420,19 @@ def test_steps_in_and_out_of_inference_mode(backend, options):
         assert torch.equal(params[name], truth[name])
 
 
+def test_attached_masks_in_and_out_of_inference_mode():
+    params, truth = ({name: nn.Parameter(torch.ones(shape)) for name, shape in SHAPES.items()} for _ in range(2))
+    for ps, modes in ((params, (True, False, True, False)), (truth, (False,) * 4)):
+        optimizer = torch.optim.SGD(ps.items(), lr=1.0)
+        attach(optimizer, GradDrop(0.5))
+        for inference in modes:
+            give(ps)
+            with torch.inference_mode(inference):
+                optimizer.step()
+    for name in params:
+        assert torch.equal(params[name], truth[name])
+
+
 def test_empty_tensors_of_any_stride():
     empty = torch.empty(0).as_strided((0, 4), (0, 0))
     params = [("e", nn.Parameter(empty)), ("w", nn.Parameter(torch.ones(3)))]
@@ -607,6 +621,8 @@ WRONG_VALUES = {
     "integer moment": lambda s: s["state"][0].update(exp_avg=torch.zeros(17, 23, dtype=torch.int64)),
     "list moment": lambda s: s["state"][0].update(exp_avg=[1.0]),
     "no moment": lambda s: s["state"][0].pop("exp_avg"),
+    "moment without memory": lambda s: s["state"][0]["exp_avg"].untyped_storage().resize_(0),
+    "step without memory": lambda s: s["state"][0]["step"].untyped_storage().resize_(0),
     "drop 5": lambda s: s["param_groups"][0].update(drop=5),
     "drop nonsense": lambda s: s["param_groups"][0].update(drop={"policy": "Nonsense"}),
     "drop argument": lambda s: s["param_groups"][0].update(drop={"policy": "GradDrop", "q": 1}),
@@ -659,6 +675,8 @@ def test_strings_of_every_class_can_be_saved():
         {"params": [(numpy.str_("a"), nn.Parameter(torch.ones(3)))], "layer": Name.FIRST},
         {"params": [("b", nn.Parameter(torch.ones(3)))], "layer": numpy.str_("last"), "effect": numpy.str_("freeze")},
     ]
+    groups[0]["betas"] = namedtuple("Betas", "first second")(numpy.float64(0.5), numpy.float64(0.75))
+    groups[1]["note"] = {numpy.str_("of"): numpy.str_("mine")}
     optimizer = GradDropAdamW(groups, drop=GradFreeze(numpy.str_("bottom-up")), rounding=numpy.str_("nearest"))
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
@@ -667,6 +685,7 @@ def test_strings_of_every_class_can_be_saved():
     optimizer.load_state_dict(loaded)
     first, last = loaded["param_groups"]
     assert (first["layer"], first["param_names"], last["layer"], last["effect"]) == ("first", ["a"], "last", "freeze")
+    assert first["betas"] == [0.5, 0.75] and last["note"] == {"of": "mine"}
     assert optimizer.param_groups[0]["drop"] == GradFreeze("bottom-up")
 
 

@@ -165,8 +165,10 @@ class Partial(nn.Module):
         return self.head(x).logsumexp(-1).mean()
 
 
-def test_parameters_that_get_no_gradient_or_are_shared():
-    """What the model's pass did not reach is left alone, as torch does; what is outside the model is updated too."""
+@pytest.mark.parametrize("inference", [False, True])
+def test_parameters_that_get_no_gradient_or_are_shared(inference):
+    """What the model's pass did not reach is left alone, as torch does; what is outside the model is updated too, in
+    step(), some of which may be in inference mode."""
 
     def run(release):
         torch.manual_seed(0)
@@ -176,7 +178,8 @@ def test_parameters_that_get_no_gradient_or_are_shared():
         for step in range(7):
             loss = model(torch.arange(5) + step, which=step % 2) + (outside**2).sum()
             loss.backward()
-            opt.step()
+            with torch.inference_mode(inference and release and step % 3 == 0):
+                opt.step()
             opt.zero_grad()
         if handle:
             handle.remove()

@@ -205,6 +205,10 @@ def state_that_lies_otherwise(rank, world):
     opt.state[param]["exp_avg"] = whole
     with pytest.raises(ValueError, match="state 'exp_avg' of parameter 'w' must be a DTensor like its parameter"):
         opt.step()
+    opt.state[param]["exp_avg"] = distribute_tensor(whole, mesh, [Shard(0)])
+    local(opt.state[param]["exp_avg"]).untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="state 'exp_avg' of parameter 'w' must have memory"):
+        opt.step()
 
 
 def test_gradients_whose_collective_is_under_way():
