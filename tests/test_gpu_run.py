@@ -97,7 +97,8 @@ def test_what_failed_is_named(tmp_path):
 def test_kernels_and_copies_are_told_apart():
     on_gpu, on_cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
     names = [("adamw_kernel", on_gpu), ("Memcpy HtoD (Pinned -> Device)", on_gpu), ("Memset (Device)", on_gpu)]
-    events = [SimpleNamespace(name=n, device_type=d) for n, d in [*names, ("cudaLaunchKernel", on_cpu)]]
+    names += [("cudaLaunchKernel", on_cpu), ("Optimizer.step#GradDropAdamW.step", on_gpu)]
+    events = [SimpleNamespace(name=n, device_type=d, is_user_annotation="#" in n) for n, d in names]
     assert gpu_facts.count(events) == {"kernels": 1, "copies": 2}
 
 
