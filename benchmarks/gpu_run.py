@@ -88,7 +88,7 @@ def perform(stage: Stage, out: Path, seconds: float) -> Outcome:
     print(f"--- {stage.title}: {' '.join(stage.command)} (at most {seconds:.0f} s)", flush=True)
     start = time.perf_counter()
     with open(out / f"{stage.name}.log", "w") as log, open(out / f"{stage.name}.out", "w") as kept:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "errors": "replace"}
         with subprocess.Popen(stage.command, cwd=ROOT, text=True, start_new_session=True, **pipes) as process:
             copiers = [
                 threading.Thread(target=_copy, args=(process.stdout, sys.stdout, log, kept)),
@@ -96,9 +96,13 @@ def perform(stage: Stage, out: Path, seconds: float) -> Outcome:
             ]
             for copier in copiers:
                 copier.start()
-            stopped = _wait(process, seconds)
-            for copier in copiers:
-                copier.join()
+            try:
+                stopped = _wait(process, seconds)
+            finally:  # an interrupt does not reach its session, and what a stage left behind keeps the pipes open
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                for copier in copiers:
+                    copier.join()
     status = "stopped at its limit" if stopped else "failed" if process.returncode else "passed"
     outcome = Outcome(status, time.perf_counter() - start)
     print(f"--- {stage.title}: {outcome.status} in {outcome.seconds:.0f} s", flush=True)
@@ -269,4 +273,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end it so is to interrupt it
     sys.exit(main())

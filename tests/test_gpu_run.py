@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -71,6 +72,30 @@ def test_a_stage_that_fails_or_hangs_does_not_keep_the_others_from_running(tmp_p
     assert "| Fails | failed |" in text and "why" in text
     assert "| Works | passed |" in text and "| us | 7 (6 to 9) |" in text
     assert "| Absent | left out: there is no a program that nobody has |" in text
+
+
+@pytest.mark.parametrize("ends", ["interrupted", "leaves a process behind", "prints what is no text"])
+def test_nothing_of_a_stage_goes_on_after_it(tmp_path, ends):
+    sleep = "import subprocess, sys; s = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    code = {
+        "interrupted": sleep + "print('begun', flush=True); s.wait()",
+        "leaves a process behind": sleep + "print('begun')",
+        "prints what is no text": "import sys; sys.stdout.buffer.write(b'begun \\xff\\n' * 40_000)",
+    }[ends]
+    run = (
+        "import pathlib, sys; from benchmarks import gpu_run\n"
+        f"stage = gpu_run.Stage('check', 'Check', (sys.executable, '-c', {code!r}), 60)\n"
+        f"print(gpu_run.perform(stage, pathlib.Path({str(tmp_path)!r}), 60).status)"
+    )
+    command = [sys.executable, "-c", run]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        if ends == "interrupted":
+            next(line for line in process.stdout if line == "begun\n")
+            process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=50)[0]
+        assert process.returncode == (-signal.SIGINT if ends == "interrupted" else 0)
+    assert ends == "interrupted" or said.endswith("passed\n")
+    assert "begun" in (tmp_path / "check.log").read_text()
 
 
 def test_no_stage_starts_without_time(tmp_path):
