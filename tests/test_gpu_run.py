@@ -119,6 +119,22 @@ def test_what_failed_is_named(tmp_path):
     assert failed == "**Failed:**\n\n- `tests.test_gpu::b`: E  wrong"
 
 
+@pytest.mark.parametrize("name, file", [("tests", "tests.xml"), ("launches", "launches.out"), ("host", "host.out"),
+                                        ("compile", "compile.out")])  # fmt: skip
+def test_a_stage_that_leaves_nothing_whole_shows_the_end_of_its_log(tmp_path, name, file):
+    (tmp_path / f"{name}.log").write_text("begun\nCUDA error: out of memory\n")
+    assert gpu_run._section(name, tmp_path, tmp_path / "run.md") == ["```\nbegun\nCUDA error: out of memory\n```"]
+    (tmp_path / file).write_text('<testsuites><testcase classname="a" na')
+    assert "CUDA error: out of memory" in gpu_run._section(name, tmp_path, tmp_path / "run.md")[0]
+
+
+def test_tests_that_end_without_results_do_not_show_those_of_an_earlier_call(tmp_path):
+    (tmp_path / "tests.xml").write_text('<testsuites><testcase classname="tests.test_gpu" name="a"/></testsuites>')
+    crash = Stage("tests", "Tests", (sys.executable, "-c", "print('a crash'); raise SystemExit(9)"), 60)
+    assert gpu_run.perform(crash, tmp_path, 60).status == "failed"
+    assert gpu_run._section("tests", tmp_path, tmp_path / "run.md") == ["```\na crash\n```"]
+
+
 def test_kernels_and_copies_are_told_apart():
     on_gpu, on_cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
     names = [("adamw_kernel", on_gpu), ("Memcpy HtoD (Pinned -> Device)", on_gpu), ("Memset (Device)", on_gpu)]
