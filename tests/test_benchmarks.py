@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,39 @@ def test_without_a_gpu_the_suite_says_so_in_one_line(monkeypatch, capsys):
     assert stopped.value.code == 1
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("nothing to time: ") and printed.err.count("\n") == 1
+
+
+def test_an_interrupted_suite_waits_for_what_pytest_writes():
+    child = """
+import sys, time
+try:
+    print("begun", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)  # longer than subprocess.run waits before it kills
+    print("written")
+    sys.exit(2)
+"""
+    code = (
+        "import os, sys; from benchmarks.__main__ import _run\n"
+        f"print(_run([sys.executable, '-c', {child!r}], os.environ))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout.readline() == "begun\n"
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=50)[0] == "written\n2\n"
+
+
+@needs_op
+def test_sweeps_that_are_none_leave_earlier_results(tmp_path, monkeypatch, capsys):
+    (tmp_path / "1.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--out", str(tmp_path), "--sweeps", "-1"])
+    with pytest.raises(SystemExit) as stopped:
+        suite.main()
+    assert stopped.value.code == 2 and "--sweeps must be at least 1, got -1" in capsys.readouterr().err
+    assert (tmp_path / "1.json").exists()
 
 
 def test_a_run_reproduces_itself(smoke, capsys, monkeypatch):
