@@ -31,7 +31,8 @@ needs_op = pytest.mark.skipif(
     scope="module", params=[pytest.param("cpu", marks=needs_op), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
 def smoke(request, tmp_path_factory):
-    """The suite in its smallest form, with a wrong contestant: (its exit, folder of its JSON, report)."""
+    """The suite in its smallest form, with a wrong contestant and a case that does not run: (its exit, folder of its
+    JSON, report)."""
     folder = tmp_path_factory.mktemp("benchmarks")
     command = [sys.executable, "-m", "benchmarks", "--size", "smoke", "--device", request.param]
     command += ["-p", "tests.helpers.wrong_contestant", "-q"]
@@ -58,12 +59,19 @@ def test_every_case_gives_an_entry_per_contestant(smoke):
 
 def test_a_wrong_contestant_has_no_figures(smoke):
     done, path, markdown = smoke
-    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout
+    assert done.returncode == 1 and "3 failed" in done.stdout, done.stdout
     case = results.load(path).cases["wrong"]
     assert case.names == [BASE] and "parameter" in case.red["torch fused, no decay"]
     text = markdown.read_text()
     assert "Red gates" in text and "- torch fused, no decay in wrong: " in text
     assert "| torch fused, no decay |" not in text
+
+
+def test_a_case_that_does_not_run_is_tried_once_and_stands_in_the_report(smoke):
+    done, path, markdown = smoke
+    assert done.stdout.count("no memory asked for") == 1 and "in no_memory" in done.stdout
+    assert results.load(path).cases["too large"].names == []
+    assert "- torch foreach in too large: does not run (MemoryError: none is left)" in markdown.read_text()
 
 
 def test_the_report_has_every_question_and_plot(smoke):
@@ -251,11 +259,13 @@ def test_a_peer_that_does_not_run_is_listed_with_how_to_get_it():
 
     absent = Contestant("absent", broken, module="no_such_module.part", install="pip install it")
     fails = Contestant("fails", broken, module="json", install="pip install it")
-    case = cases.case("case", "question", [BASE, absent, fails], lambda n: [(n,)])
+    late = Contestant("late", lambda t: lambda: broken(t), module="json", install="pip install it")
+    case = cases.case("case", "question", [BASE, absent, fails, late], lambda n: [(n,)])
     result = run.run(case, cases.SIZES["smoke"])
     assert result.missing == {
         "absent": "not installed: pip install it",
         "fails": "does not run (RuntimeError: no compiler): pip install it",
+        "late": "does not run (RuntimeError: no compiler): pip install it",
     }
     assert list(result.timing.seconds) == [BASE]
 

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu_facts, gpu_run
+from benchmarks import cases, gpu_facts, gpu_run
 from benchmarks.gpu_run import ROOT, Stage
 from benchmarks.peers import BASE
 from graddrop_fused import cpu
@@ -144,16 +145,17 @@ def test_kernels_and_copies_are_told_apart():
 
 
 @needs_op
-def test_a_peer_that_does_not_run_is_listed(monkeypatch):
+@pytest.mark.parametrize("late", [False, True], ids=["when built", "at its first step"])
+def test_a_peer_that_does_not_run_is_listed(monkeypatch, late):
     def broken(tensors):
         raise OSError("no such library")
 
-    contestant = gpu_facts.cases.CONTESTANTS[BASE]
-    monkeypatch.setitem(gpu_facts.cases.CONTESTANTS, BASE, SimpleNamespace(**{**vars(contestant), "build": broken,
-                                                                              "missing": lambda: None}))  # fmt: skip
-    found = gpu_facts.steps(gpu_facts.tensors_of("small", 3000, "cpu"))
-    assert found[BASE] == "does not run (OSError: no such library)"
-    facts = {"small": {name: f if isinstance(f, str) else {"kernels": 1, "copies": 0} for name, f in found.items()}}
+    build = (lambda tensors: lambda: broken(tensors)) if late else broken
+    monkeypatch.setitem(cases.CONTESTANTS, BASE, replace(cases.CONTESTANTS[BASE], build=build))
+    monkeypatch.setattr(gpu_facts, "POPULATIONS", {"small": None})
+    facts = gpu_facts.over_steps(gpu_facts.launches, "cpu", 3000)
+    assert facts["small"][BASE] == "does not run (OSError: no such library)"
+    assert gpu_facts._lacks_ours(facts["small"])
     *_, table, missing = gpu_run._facts(facts, "kernels + copies", "{kernels} + {copies}", gpu_run.LAUNCHES)
-    assert "| GradDrop | 1 + 0 |" in table and BASE not in table
+    assert "| GradDrop | 0 + 0 |" in table and BASE not in table
     assert f"- {BASE}: does not run" in missing
