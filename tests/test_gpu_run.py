@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,6 +108,12 @@ def test_no_stage_starts_without_time(tmp_path):
 def test_all_stages_fit_into_the_time_that_is_promised(tmp_path):
     limits = [stage.limit for stage in gpu_run.stages("cuda", tmp_path, False)]
     assert sum(limits) + gpu_run.GRACE <= 25 * 60
+
+
+def test_all_files_with_gpu_tests_are_run():
+    files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("tests/test_*.py")}
+    marked = {name for name, text in files.items() if re.search(r"pytest\.mark\.gpu", text)}
+    assert marked == set(gpu_run.GPU_TESTS)
 
 
 def test_what_failed_is_named(tmp_path):
