@@ -110,6 +110,29 @@ def test_all_stages_fit_into_the_time_that_is_promised(tmp_path):
     assert sum(limits) + gpu_run.GRACE <= 25 * 60
 
 
+@pytest.mark.parametrize(
+    "available, said",
+    [
+        ("warnings.warn('CUDA initialization: The NVIDIA driver on your system is too old')", "torch sees none"),
+        ("True", "compute capability 8.0 or newer, a GPU is older"),
+    ],
+    ids=["an old driver", "an old GPU"],
+)
+def test_gpu_tests_skip_with_the_reason(tmp_path, available, said):
+    (tmp_path / "old_machine.py").write_text(
+        f"import warnings, torch\ntorch.cuda.is_available = lambda: {available}\n"
+        "torch.cuda.get_device_capability = lambda device: (7, 5)\n"
+        "torch.cuda.get_device_name = lambda device: 'a GPU'\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "old_machine", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "CC": "cc"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [*command, "-k", "test_a_stream"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "1 skipped" in done.stdout and said in done.stdout, done.stdout + done.stderr
+
+
 def test_all_files_with_gpu_tests_are_run():
     files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("tests/test_*.py")}
     marked = {name for name, text in files.items() if re.search(r"pytest\.mark\.gpu", text)}
