@@ -213,7 +213,17 @@ def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
 
 
 def test_the_source_archive_has_what_its_tests_need(tmp_path):
-    more = ("benchmarks", "docs", "tests", ".ci", "Makefile", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md")
+    more = (
+        "benchmarks",
+        "docs",
+        "examples",
+        "tests",
+        ".ci",
+        "Makefile",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
+    )
     more += ("SECURITY.md", "requirements-dev.txt", "requirements-tools.txt")
     (tmp_path / "source").mkdir()
     source = wheels.copy_sources(tmp_path / "source", *more)
