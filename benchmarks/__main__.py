@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import cases, ours, report, results
 
 
@@ -23,6 +25,8 @@ def main() -> int:
     parser.add_argument("--sweeps", type=int, help="times to run the suite; default: by size")
     parser.add_argument("--report", type=Path, help="default: results/benchmarks-SIZE[-cuda].md")
     options, rest = parser.parse_known_args()
+    if options.sweeps is not None and options.sweeps < 1:
+        parser.error(f"--sweeps must be at least 1, got {options.sweeps}")
     if reason := ours.unavailable(options.device):
         parser.exit(1, f"nothing to time: {reason}\n")
     name = f"benchmarks-{options.size}" + ("" if options.device == "cpu" else f"-{options.device}")
@@ -40,12 +44,23 @@ def main() -> int:
             print(f"sweep {sweep} of {sweeps}", flush=True)
         command = [sys.executable, "-m", "pytest", Path(__file__).parent, "--size", options.size]
         command += ["--device", options.device, f"--benchmark-json={out / f'{sweep}.json'}", "--benchmark-quiet"]
-        status = max(status, subprocess.run([*command, *rest], env=environment).returncode)
+        status = max(status, _run([*command, *rest], environment))
+        if status == pytest.ExitCode.INTERRUPTED:
+            break
     if results.files(out):  # a run without any entry writes none
         written = options.report or Path(f"results/{name}.md")
         report.write(results.load(out), written)
         print(f"report: {written}")
     return status
+
+
+def _run(command: list, environment: dict[str, str]) -> int:
+    """The command's exit status. An interrupt reaches pytest as well, which then writes what it has."""
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            return process.wait()
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import os
+import traceback
 
 import pytest
 import torch
 
 from benchmarks import cases, harness, ours, results, run
+from benchmarks.contestant import describe
 from graddrop_fused import cpu
 
 PACKAGES = ("graddrop_fused", "torch", "triton", "transformers", "pytest-benchmark")
@@ -38,7 +40,12 @@ def result_of(request):
 
     def result(case: cases.Case) -> run.Result:
         if case.name not in known:
-            known[case.name] = case, run.run(case, cases.SIZES[options.size], options.device, options.turns)
+            try:
+                found = run.run(case, cases.SIZES[options.size], options.device, options.turns)
+            except Exception as error:  # as where a GPU's memory does not suffice: once for all, and in the report
+                traceback.print_exc()
+                found = run.Result(red={c.name: f"does not run ({describe(error)})" for c in case.contestants})
+            known[case.name] = case, found
         return known[case.name][1]
 
     return result

@@ -382,8 +382,24 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _check_files(options: argparse.Namespace) -> None:
+    """Exits where what was measured could not be written in the end."""
+    lacking = {"time": "bytes_per_parameter", "memory": "step"}.get(options.only)
+    try:
+        added = joined([], options.add)
+        if options.plots and lacking and all(getattr(r, lacking) is None for r in added):
+            raise ValueError(f"--plots takes times and memory, of which --only {options.only} is one: --add the other")
+        if options.report:
+            reports.around(options.report, BEGIN, END)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, TypeError) as error:
+        parser().error(str(error))
+
+
 def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
+    _check_files(options)
     gate(options)
     names = [name for name in dict.fromkeys((BASE, *options.runs)) if installed(name)]
     for name in options.runs:

@@ -43,14 +43,14 @@ def steps(tensors: Tensors) -> dict[str, Callable[[], object] | str]:
         reason = contestant.missing()
         try:
             found[name] = reason or contestant.build(tensors)
-        except Exception as error:  # a peer that fails must not keep the others from being measured
-            found[name] = f"does not run ({describe(error)})"
+        except Exception as error:
+            found[name] = _fails(error)
     return found
 
 
 def count(events: Iterable) -> dict[str, int]:
-    """Kernels and copies among a profile's events."""
-    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    """Kernels and copies among a profile's events. Every optimizer's step is there once more, as an annotation."""
+    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
     copies = sum(e.name.startswith(("Memcpy", "Memset")) for e in on_device)
     return {"kernels": len(on_device) - copies, "copies": copies}
 
@@ -93,8 +93,20 @@ def over_steps(measure: Callable, device: str, elements: int) -> dict:
         found[population] = {}
         for name, step in steps(tensors).items():
             print(f"{population}: {name}", file=sys.stderr, flush=True)
-            found[population][name] = step if isinstance(step, str) else measure(step, device)
+            found[population][name] = step if isinstance(step, str) else _tried(measure, step, device)
     return found
+
+
+def _tried(measure: Callable, step: Callable[[], object], device: str) -> dict | str:
+    try:
+        return measure(step, device)
+    except Exception as error:
+        return _fails(error)
+
+
+def _fails(error: Exception) -> str:
+    """A peer that fails must not keep the others from being measured."""
+    return f"does not run ({describe(error)})"
 
 
 def first_step(name: str, dtype: str, device: str) -> dict[str, float]:
@@ -148,6 +160,13 @@ def main() -> None:
         measure = launches if options.what == "launches" else host
         found = over_steps(measure, options.device, int(options.elements))
     print(json.dumps(found))
+    if options.what in ("launches", "host") and any(map(_lacks_ours, found.values())):
+        parser.exit(1)
+
+
+def _lacks_ours(found: dict) -> bool:
+    """Whether what needs no other package did not run."""
+    return any(isinstance(fact, str) and cases.CONTESTANTS[name].module is None for name, fact in found.items())
 
 
 if __name__ == "__main__":

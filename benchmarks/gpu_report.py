@@ -268,6 +268,8 @@ def main() -> None:
         "--table", type=Path, metavar="FILE", help="only write what --bounds has into this Markdown file"
     )
     options = parser.parse_args()
+    if options.table and not options.bounds:
+        parser.error("--table writes what --bounds FILE has: give both")
     if options.table:
         reports.write_between(options.table, BEGIN, END, bounds_table(json.loads(options.bounds.read_text())))
         return

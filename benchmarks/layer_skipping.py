@@ -130,8 +130,8 @@ class Run:
         return middle - begin, end - middle, end - begin
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         return self.clock()
 
 
@@ -166,13 +166,14 @@ def _peak(name: str, p: float, options: argparse.Namespace, run_class: type[Run]
     run_class(name, p, small)  # loads what a first step loads
     before = _resident("VmRSS")
     run = run_class(name, p, options)
-    if options.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    on_gpu = options.device.type != "cpu"
+    if on_gpu:
+        torch.accelerator.reset_peak_memory_stats(options.device)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
     for step in range(1, 5):
         run.step(batch(step, options))
-    return torch.cuda.max_memory_allocated() if options.device.type == "cuda" else _resident("VmHWM") - before
+    return torch.accelerator.max_memory_allocated(options.device) if on_gpu else _resident("VmHWM") - before
 
 
 def _resident(kind: str) -> int:

@@ -54,16 +54,15 @@ def _run(case: Case, size: Size, device: str, turns: int | None) -> Result:
             continue
         try:
             step = contestant.build(tensors)
+            contestant.claim.check(name, step, samples[tensors.state_dtype], LR)
+        except Red as error:
+            result.red[name] = str(error)
+            continue
         except Exception as error:
             if contestant.module is None:
                 raise
             # a peer that compiles itself when first used may fail here; the others are timed still
             result.missing[name] = f"does not run ({describe(error)}): {contestant.install}"
-            continue
-        try:
-            contestant.claim.check(name, step, samples[tensors.state_dtype], LR)
-        except Red as error:
-            result.red[name] = str(error)
             continue
         steps[name] = step
         if contestant.spoils_gradients:

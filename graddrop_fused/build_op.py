@@ -96,7 +96,7 @@ def compiler() -> list[str]:
 
 def _is_clang() -> bool:
     try:
-        return "clang" in subprocess.run([*compiler(), "--version"], capture_output=True, text=True).stdout
+        return "clang" in _said([*compiler(), "--version"]).stdout
     except OSError as error:
         raise RuntimeError(f"{compiler()[0]} does not run: {error}") from None
 
@@ -170,9 +170,13 @@ def _words(variable: str) -> list[str]:
     return shlex.split(os.environ.get(variable, ""))
 
 
+def _said(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace")  # it may quote any bytes
+
+
 def _run(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = _said(command)
     except OSError as error:
         raise RuntimeError(f"{command[0]} does not run: {error}") from None
     if done.returncode:

@@ -56,9 +56,10 @@ def unavailable(device: torch.device) -> str | None:
 
 def _no_launcher() -> str | None:
     """Why Triton cannot build what launches its kernels, or None. It compiles that in C, for the running Python."""
-    if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
         return "Triton needs a C compiler for its launcher, and none is found: install gcc or set CC"
-    include = sysconfig.get_path("include")
+    scheme = sysconfig.get_default_scheme()  # Debian's own has its headers where nothing installs them
+    include = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
     if not (Path(include) / "Python.h").exists():
         return f"Triton needs Python's headers for its launcher, and {include}/Python.h is missing: install python3-dev"
     return None

@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 import torch
 
+from graddrop_fused import triton_backend
+
 hypothesis.settings.register_profile("ordinary", derandomize=True, max_examples=25, deadline=None, database=None)
 hypothesis.settings.load_profile("ordinary")
 if "GRADDROP_FUZZ" in os.environ:  # GRADDROP_FUZZ=10000 pytest ...: that many random examples of every fuzzed test
@@ -25,9 +27,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "nightly" in item.keywords:
                 item.add_marker(skip)
+    reason = "needs a CUDA or ROCm device, and torch sees none"
     if torch.cuda.is_available():
+        reason = triton_backend.unavailable(torch.device("cuda"))
+    if reason is None:
         return
-    skip = pytest.mark.skip(reason="needs a CUDA or ROCm device, and torch sees none")
+    skip = pytest.mark.skip(reason=reason)
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ needs_op = pytest.mark.skipif(
     scope="module", params=[pytest.param("cpu", marks=needs_op), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
 def smoke(request, tmp_path_factory):
-    """The suite in its smallest form, with a wrong contestant: (its exit, folder of its JSON, report)."""
+    """The suite in its smallest form, with a wrong contestant and a case that does not run: (its exit, folder of its
+    JSON, report)."""
     folder = tmp_path_factory.mktemp("benchmarks")
     command = [sys.executable, "-m", "benchmarks", "--size", "smoke", "--device", request.param]
     command += ["-p", "tests.helpers.wrong_contestant", "-q"]
@@ -57,12 +59,19 @@ def test_every_case_gives_an_entry_per_contestant(smoke):
 
 def test_a_wrong_contestant_has_no_figures(smoke):
     done, path, markdown = smoke
-    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout
+    assert done.returncode == 1 and "3 failed" in done.stdout, done.stdout
     case = results.load(path).cases["wrong"]
     assert case.names == [BASE] and "parameter" in case.red["torch fused, no decay"]
     text = markdown.read_text()
     assert "Red gates" in text and "- torch fused, no decay in wrong: " in text
     assert "| torch fused, no decay |" not in text
+
+
+def test_a_case_that_does_not_run_is_tried_once_and_stands_in_the_report(smoke):
+    done, path, markdown = smoke
+    assert done.stdout.count("no memory asked for") == 1 and "in no_memory" in done.stdout
+    assert results.load(path).cases["too large"].names == []
+    assert "- torch foreach in too large: does not run (MemoryError: none is left)" in markdown.read_text()
 
 
 def test_the_report_has_every_question_and_plot(smoke):
@@ -121,6 +130,39 @@ def test_without_a_gpu_the_suite_says_so_in_one_line(monkeypatch, capsys):
     assert stopped.value.code == 1
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("nothing to time: ") and printed.err.count("\n") == 1
+
+
+def test_an_interrupted_suite_waits_for_what_pytest_writes():
+    child = """
+import sys, time
+try:
+    print("begun", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)  # longer than subprocess.run waits before it kills
+    print("written")
+    sys.exit(2)
+"""
+    code = (
+        "import os, sys; from benchmarks.__main__ import _run\n"
+        f"print(_run([sys.executable, '-c', {child!r}], os.environ))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout.readline() == "begun\n"
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=50)[0] == "written\n2\n"
+
+
+@needs_op
+def test_sweeps_that_are_none_leave_earlier_results(tmp_path, monkeypatch, capsys):
+    (tmp_path / "1.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--out", str(tmp_path), "--sweeps", "-1"])
+    with pytest.raises(SystemExit) as stopped:
+        suite.main()
+    assert stopped.value.code == 2 and "--sweeps must be at least 1, got -1" in capsys.readouterr().err
+    assert (tmp_path / "1.json").exists()
 
 
 def test_a_run_reproduces_itself(smoke, capsys, monkeypatch):
@@ -217,11 +259,13 @@ def test_a_peer_that_does_not_run_is_listed_with_how_to_get_it():
 
     absent = Contestant("absent", broken, module="no_such_module.part", install="pip install it")
     fails = Contestant("fails", broken, module="json", install="pip install it")
-    case = cases.case("case", "question", [BASE, absent, fails], lambda n: [(n,)])
+    late = Contestant("late", lambda t: lambda: broken(t), module="json", install="pip install it")
+    case = cases.case("case", "question", [BASE, absent, fails, late], lambda n: [(n,)])
     result = run.run(case, cases.SIZES["smoke"])
     assert result.missing == {
         "absent": "not installed: pip install it",
         "fails": "does not run (RuntimeError: no compiler): pip install it",
+        "late": "does not run (RuntimeError: no compiler): pip install it",
     }
     assert list(result.timing.seconds) == [BASE]
 

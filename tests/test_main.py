@@ -13,9 +13,12 @@ from graddrop_fused import __version__, dispatch, reference
 CPU = torch.device("cpu")
 
 
-def test_command_reports_every_backend_and_passes():
+@pytest.mark.parametrize("capability", [None, "none"], ids=["all", "no CPU backend"])
+def test_command_reports_every_backend_and_passes(capability):
     """With Triton's interpreter off, whatever this process uses: Triton then has a reason not to serve CPU tensors."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if capability:
+        environment["GRADDROP_CPU_CAPABILITY"] = capability
     result = subprocess.run(
         [sys.executable, "-m", "graddrop_fused"], capture_output=True, text=True, env=environment, timeout=300
     )
@@ -28,7 +31,7 @@ def test_command_reports_every_backend_and_passes():
     assert set(on_cpu) == {*dispatch.NAMES, "auto"}
     assert " cannot run: " in on_cpu["triton"]
     assert " ok" in on_cpu["reference"]
-    reason = dispatch.load("cpu").unavailable(CPU)
+    reason = dispatch.load("cpu").unavailable(CPU) or (capability and "GRADDROP_CPU_CAPABILITY=none: ")
     assert (" ok: " if reason is None else f" cannot run: {reason}") in on_cpu["cpu"]
     assert on_cpu["auto"].split()[-1] == ("cpu" if reason is None else "reference")
 

@@ -206,14 +206,26 @@ def test_an_old_torch_and_a_missing_compiler_are_named(tmp_path, monkeypatch):
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "sh -c 'echo first line >&2; echo x.cpp:1: error: no such thing >&2; exit 1'")
+    monkeypatch.setenv(
+        "CXX", r"sh -c 'printf \\377 >&2; echo first line >&2; echo x.cpp:1: error: no such thing >&2; exit 1'"
+    )
     with pytest.raises(RuntimeError, match="sh failed: x.cpp:1: error: no such thing"):
         build_op.compile_op(build_op.sources(), tmp_path / "op.so")
     assert not (tmp_path / "op.so").exists()
 
 
 def test_the_source_archive_has_what_its_tests_need(tmp_path):
-    more = ("benchmarks", "docs", "tests", ".ci", "Makefile", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md")
+    more = (
+        "benchmarks",
+        "docs",
+        "examples",
+        "tests",
+        ".ci",
+        "Makefile",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
+    )
     more += ("SECURITY.md", "requirements-dev.txt", "requirements-tools.txt")
     (tmp_path / "source").mkdir()
     source = wheels.copy_sources(tmp_path / "source", *more)

@@ -713,6 +713,25 @@ def test_benchmark(capsys):
     assert all(map(torch.equal, runs["skipped"].model.parameters(), runs["masked"].model.parameters()))
 
 
+def test_the_benchmark_asks_the_device_that_it_is_told(monkeypatch):
+    asked = []
+    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.accelerator, name, lambda device, name=name: asked.append((name, str(device))))
+    monkeypatch.setattr(layer_skipping, "batch", lambda step, options: None)
+
+    class Run(layer_skipping.Run):
+        def __init__(self, name, p, options):
+            self.device, self.clock = options.device, lambda: 0
+
+        def step(self, ids):
+            self._now()
+
+    options = layer_skipping.parser().parse_args(["--device", "cuda:1"])
+    layer_skipping._peak("masked", 0.5, options, Run)
+    assert asked[0] == ("reset_peak_memory_stats", "cuda:1") and asked[-1] == ("max_memory_allocated", "cuda:1")
+    assert asked[1:-1] == [("synchronize", "cuda:1")] * 4
+
+
 # Bad input
 
 

@@ -245,12 +245,16 @@ def test_unavailable_says_what_is_missing(monkeypatch, tmp_path):
     triton = pytest.importorskip("triton", reason="triton is not installed: that is what is missing")
     assert triton_backend._no_launcher() is None or "install" in triton_backend._no_launcher()
     monkeypatch.setenv("CC", "cc")
-    monkeypatch.setattr(triton_backend.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(triton_backend.sysconfig, "get_path", lambda name, scheme: str(tmp_path / scheme))
+    monkeypatch.setattr(triton_backend.sysconfig, "get_default_scheme", lambda: "venv")
     assert "Python.h is missing" in triton_backend._no_launcher()
-    (tmp_path / "Python.h").touch()
+    (tmp_path / "posix_prefix").mkdir()
+    (tmp_path / "posix_prefix" / "Python.h").touch()
+    monkeypatch.setattr(triton_backend.sysconfig, "get_default_scheme", lambda: "posix_local")  # Debian's
     assert triton_backend._no_launcher() is None
     monkeypatch.delenv("CC")
-    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "cc").touch(0o755)  # which Triton does not look for
     assert "C compiler" in triton_backend._no_launcher()
     monkeypatch.setattr(triton, "__version__", "3.5.1")
     assert "triton>=3.6" in triton_backend.unavailable(torch.device("cuda"))

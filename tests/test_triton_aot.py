@@ -60,6 +60,13 @@ def test_docs_show_the_bounds():
     assert gpu_report.bounds_table(BOUNDS) in page
 
 
+def test_a_table_without_bounds_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpu_report", "--table", "docs/gpu.md"])
+    with pytest.raises(SystemExit):
+        gpu_report.main()
+    assert "--bounds FILE" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("variant", gpu_report.VARIANTS, ids=str)
 def test_no_variant_spills(variant):
     if str(variant) not in SAMPLE and "GRADDROP_ALL" not in os.environ:

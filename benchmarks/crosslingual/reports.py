@@ -16,12 +16,18 @@ def write_below(report: Path, marker: str, parts: list[str], title: str) -> None
 
 def write_between(report: Path, begin: str, end: str, text: str) -> None:
     """Put ``text`` between the lines ``begin`` and ``end``. Raises ValueError if the report lacks them."""
+    before, after = around(report, begin, end)
+    report.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+
+
+def around(report: Path, begin: str, end: str) -> tuple[str, str]:
+    """What stands before ``begin`` and after ``end``. Raises ValueError if the report lacks these lines."""
     whole = report.read_text("utf-8") if report.exists() else ""
     before, found, rest = whole.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise ValueError(f"{report} must have the lines {begin!r} and {end!r}, between which results are written")
-    report.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+    return before, after
 
 
 def link(path: Path, report: Path, what: str) -> str:
