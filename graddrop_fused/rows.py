@@ -304,7 +304,8 @@ class _Draws:
         }
         drawn_with = clock.seed, tuple(dropping.items())
         if drawn_with != self._drawn_with:
-            self._rows, self._drawn_with = self._masks.kept(dropping, clock.seed), drawn_with
+            self._rows = self._masks.kept(dropping, clock.seed) if dropping else {}
+            self._drawn_with = drawn_with
 
 
 class _RowMasks:
