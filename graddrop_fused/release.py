@@ -158,6 +158,7 @@ class ReleasedGradients:
         check_not_capturing()
         key = optimizer._plan_key()
         if not self._part_of or key != self._key:
+            optimizer._clear()  # also of the plan and the draw that steps before the releasing have left
             self._split()
             self._key = key
         self.updated.clear()

@@ -149,6 +149,23 @@ def test_groups_change_between_steps():
     assert_same(a, b, opt_a, opt_b)
 
 
+def test_capturable_steps_before_it():
+    """Their draw stands on a device."""
+
+    def run(release):
+        model = sharded_transformer.model()
+        opt = make(model, GradDrop(p=0.5), capturable=True)
+        train(model, opt, release=False, steps=3)
+        for group in opt.param_groups:
+            group["capturable"] = False
+        train(model, opt, release)
+        return model, opt
+
+    (a, opt_a), (b, opt_b) = run(False), run(True)
+    assert_same(a, b, opt_a, opt_b)
+    assert opt_b.draw == opt_b.param_groups[0]["draw"] == 3 + STEPS
+
+
 class Partial(nn.Module):
     """Uses one block or the other, one of its weights twice, and one never; the head is tied to the embedding."""
 
