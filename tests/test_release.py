@@ -149,6 +149,30 @@ def test_groups_change_between_steps():
     assert_same(a, b, opt_a, opt_b)
 
 
+def test_parameters_of_a_group_change_between_steps():
+    """In its list, by hand: one takes the place of another, as where a vocabulary grows, and one is added."""
+
+    def run(release):
+        model = sharded_transformer.model()
+        opt = ADAMW([{"params": list(model.blocks.parameters())}, {"params": [model.head.weight]}], drop=GradDrop(p=0.5))
+        handle = release_gradients(model, opt) if release else None
+        params = opt.param_groups[1]["params"]
+        for step in range(6):
+            if step == 2:
+                params[0] = model.head.weight = nn.Parameter(model.head.weight.detach() * 2)
+            if step == 4:
+                params.append(model.head.bias)
+            sharded_transformer.loss(model, step).backward()
+            opt.step()
+            model.zero_grad()
+        if handle:
+            handle.remove()
+        return model, opt
+
+    (a, opt_a), (b, opt_b) = run(False), run(True)
+    assert_same(a, b, opt_a, opt_b)
+
+
 def test_capturable_steps_before_it():
     """Their draw stands on a device."""
 
