@@ -154,7 +154,9 @@ def test_parameters_of_a_group_change_between_steps():
 
     def run(release):
         model = sharded_transformer.model()
-        opt = ADAMW([{"params": list(model.blocks.parameters())}, {"params": [model.head.weight]}], drop=GradDrop(p=0.5))
+        opt = ADAMW(
+            [{"params": list(model.blocks.parameters())}, {"params": [model.head.weight]}], drop=GradDrop(p=0.5)
+        )
         handle = release_gradients(model, opt) if release else None
         params = opt.param_groups[1]["params"]
         for step in range(6):
@@ -497,10 +499,11 @@ def test_a_second_backward():
 
 def test_between_backward_and_step():
     model = sharded_transformer.model()
-    opt = make(model, GradDrop(p=0.5))
+    opt = ADAMW(model.named_parameters(), drop=GradDropEpoch(p=0.5))
+    opt.set_epoch(0)
     handle = release_gradients(model, opt)
     sharded_transformer.loss(model, 0).backward()
-    for call in (opt.state_dict, handle.remove):
+    for call in (opt.state_dict, handle.remove, partial(opt.set_epoch, 1)):
         with pytest.raises(RuntimeError, match="must not come between a backward pass and optimizer.step"):
             call()
     with pytest.raises(RuntimeError, match=r"SGD.step\(\) has parameters whose gradients were released by .*remove"):
