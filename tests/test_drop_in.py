@@ -72,7 +72,8 @@ def test_follows_torch_over_100_steps(backend, dtype, options):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"active_state": True}, {"capturable": True}], ids=str)
-def test_a_momentum_that_is_set_later_begins_with_the_first_gradient(options, backend):
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_momentum_that_is_set_later_begins_with_the_first_gradient(loaded, options, backend):
     """On whole parameters, and on the kept blocks of a mask that holds."""
     whole, blocks, theirs = (parameters(torch.float64) for _ in range(3))
     opts = [
@@ -85,6 +86,8 @@ def test_a_momentum_that_is_set_later_begins_with_the_first_gradient(options, ba
         if step == 2:
             for opt in opts:
                 opt.param_groups[0].update(momentum=0.9, dampening=0.3)
+                if loaded:
+                    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
         for params, opt in zip((whole, blocks, theirs), opts, strict=True):
             set_gradients(params, step)
             opt.step()
