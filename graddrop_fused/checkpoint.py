@@ -214,7 +214,9 @@ def _entry(index: Any, entry: Any, param: Tensor, rule: Rule, active_state: bool
             entry["step"] = 1.0
     if not entry:
         return {}
-    expected = {"step", *rule.states}
+    # SGD's momentum may have been set after the last step
+    later = not type(rule)().states and state.begins(entry, rule)
+    expected = {"step"} if later else {"step", *rule.states}
     if compact.is_compact(entry):
         if not active_state:
             raise ValueError(

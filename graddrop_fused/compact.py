@@ -174,6 +174,8 @@ def _renew(entries: dict[Tensor, Entry], change: _Change, rule: Rule, dtype: tor
         steps = no_counts()
         entries[param] = {"step": steps, ACTIVE: no_runs(), **{name: empty.clone() for name in rule.states}}
         entry = {}
+    if state.begins(old, rule):
+        new["step"] = torch.zeros_like(carried.counts)
     size = int(carried.active[:, 1].sum())
     from_, to, lengths = carried.copies.unbind(1)
     for name in rule.states:

@@ -96,8 +96,11 @@ class MaskedOptimizer(Optimizer):
         """Tell which epoch the coming steps belong to, counted from 0. Telling it again changes nothing.
 
         Raises:
-            RuntimeError: if steps_per_epoch was given. TypeError, ValueError: on what is no epoch.
+            RuntimeError: if steps_per_epoch was given, or in the middle of a step with release_gradients. TypeError,
+                ValueError: on what is no epoch.
         """
+        if self._inside_backward is not None and epoch != self._clock.epoch:
+            self._inside_backward.check_whole("set_epoch()")
         self._clock.set_epoch(epoch)
         self._show_clock()
         for numbers in self._device_numbers.values():

@@ -157,7 +157,9 @@ class ReleasedGradients:
         _check_not_capturable(optimizer)
         check_not_capturing()
         key = optimizer._plan_key()
-        if not self._part_of or key != self._key:
+        held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        if not self._part_of or key != self._key or held != self._held:
+            optimizer._clear()  # also of the plan and the draw that steps before the releasing have left
             self._split()
             self._key = key
         self.updated.clear()
@@ -254,6 +256,7 @@ class ReleasedGradients:
         """Sort the optimizer's parameters into parts, and watch those of the model."""
         names = {p: name for name, p in self._model.named_parameters()}
         groups = self._optimizer.param_groups
+        self._held = [id(p) for group in groups for p in group["params"]]
         sorted_params: dict[Hashable, list[Tensor]] = {}
         for group in groups:
             for param in group["params"]:

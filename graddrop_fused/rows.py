@@ -268,8 +268,10 @@ class _Draws:
 
         Raises RuntimeError if gradients are there already that lack the rows of other masks.
         """
-        clock, groups = self._optimizer._clock, self._optimizer.param_groups
-        of_step = clock.seed, clock.draw, clock.epoch, *((g["drop"], g["effect"], len(g["params"])) for g in groups)
+        optimizer, groups = self._optimizer, self._optimizer.param_groups
+        draw = None if optimizer._capturable() else optimizer.draw  # which then only the device knows
+        of_groups = ((g["drop"], g["effect"], len(g["params"])) for g in groups)
+        of_step = optimizer.seed, draw, optimizer._clock.epoch, *of_groups
         if of_step != self._of_step:
             before = self._rows
             self._draw()
@@ -300,11 +302,15 @@ class _Draws:
         dropping = {
             g: (word, row.lo, row.span)
             for g, (row, word) in enumerate(rows_at(groups, Layers.of(groups), clock, clock.next_draw()))
-            if row.mask == Mask.BLOCK and _drops_rows(groups[g]) and _masks_gradients(groups[g])
+            if row.mask == Mask.BLOCK
+            and _drops_rows(groups[g])
+            and _masks_gradients(groups[g])
+            and not self._optimizer._capturable()
         }
         drawn_with = clock.seed, tuple(dropping.items())
         if drawn_with != self._drawn_with:
-            self._rows, self._drawn_with = self._masks.kept(dropping, clock.seed), drawn_with
+            self._rows = self._masks.kept(dropping, clock.seed) if dropping else {}
+            self._drawn_with = drawn_with
 
 
 class _RowMasks:

@@ -89,10 +89,12 @@ def complete(entry: Mapping[str, Any], param: Tensor, rule: Rule, dtype: torch.d
 
     ``blocks``: how many have a count of their own. Where the entry has another number of counts, all begin at its step.
     """
-    found: Entry = {} if "step" in entry else {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
+    found: Entry = {}
+    if "step" not in entry or begins(entry, rule):
+        found["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
     counts = entry.get(block_steps.NAME)
     if blocks and (counts is None or len(counts) != blocks):
-        found[block_steps.NAME] = block_steps.initial(entry.get("step", 0), blocks, local(param).device)
+        found[block_steps.NAME] = block_steps.initial({**entry, **found}["step"], blocks, local(param).device)
     for name in rule.states:
         old = entry.get(name)
         if old is None:
@@ -100,6 +102,14 @@ def complete(entry: Mapping[str, Any], param: Tensor, rule: Rule, dtype: torch.d
         elif old.dtype != dtype or local(old).stride() != local(param).stride() or unfit(old, param):
             found[name] = like(param, dtype).copy_(old)
     return found
+
+
+def begins(entry: Mapping[str, Any], rule: Rule) -> bool:
+    """Does the rule keep state, and the entry have none of it, as where SGD gets a momentum in the middle of training?
+
+    It then begins at step 0, as torch's begins with the first gradient.
+    """
+    return bool(rule.states) and not any(name in entry for name in rule.states)
 
 
 def unfit(state: Tensor, param: Tensor) -> bool:

@@ -11,11 +11,14 @@ from policy_cases import BACKENDS
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, GradFreeze, attach
+from graddrop_fused import GradDrop, GradDropAdamW, GradDropEpoch, GradDropSGD, GradFreeze, attach
 
 SHAPES = [(0,), (1,), (33,), (129,), (17, 23)]
 # two roundings of the parameter's dtype a step, of which errors of opposite sign cancel
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+HOLDING = GradDrop(p=0.5, block="row", hold=9, rescale=False)
 
 
 def parameters(dtype=torch.float32, shapes=SHAPES):
@@ -65,6 +68,31 @@ def test_follows_torch_over_100_steps(backend, dtype, options):
     assert_close(ours, theirs)
     assert opt.draw == 100
     assert [float(opt.state[p]["step"]) for p in ours] == [float(ref.state[p]["step"]) for p in theirs]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"active_state": True}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_momentum_that_is_set_later_begins_with_the_first_gradient(loaded, options, backend):
+    """On whole parameters, and on the kept blocks of a mask that holds."""
+    whole, blocks, theirs = (parameters(torch.float64) for _ in range(3))
+    opts = [
+        GradDropSGD(whole, lr=0.1, backend=backend, **options),
+        GradDropSGD(blocks, lr=0.1, backend=backend, **options, drop=HOLDING, effect="freeze"),
+        torch.optim.SGD(theirs, lr=0.1),
+    ]
+    masks, begin = [opts[1].keep_mask(p) for p in blocks], parameters(torch.float64)
+    for step in range(5):
+        if step == 2:
+            for opt in opts:
+                opt.param_groups[0].update(momentum=0.9, dampening=0.3)
+                if loaded:
+                    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        for params, opt in zip((whole, blocks, theirs), opts, strict=True):
+            set_gradients(params, step)
+            opt.step()
+    assert_close(whole, theirs)
+    assert_close(blocks, [torch.where(m, p, b) for m, p, b in zip(masks, theirs, begin, strict=True)])
 
 
 def test_groups_scheduler_clipping_and_a_group_added_later():

@@ -149,6 +149,49 @@ def test_groups_change_between_steps():
     assert_same(a, b, opt_a, opt_b)
 
 
+def test_parameters_of_a_group_change_between_steps():
+    """In its list, by hand: one takes the place of another, as where a vocabulary grows, and one is added."""
+
+    def run(release):
+        model = sharded_transformer.model()
+        opt = ADAMW(
+            [{"params": list(model.blocks.parameters())}, {"params": [model.head.weight]}], drop=GradDrop(p=0.5)
+        )
+        handle = release_gradients(model, opt) if release else None
+        params = opt.param_groups[1]["params"]
+        for step in range(6):
+            if step == 2:
+                params[0] = model.head.weight = nn.Parameter(model.head.weight.detach() * 2)
+            if step == 4:
+                params.append(model.head.bias)
+            sharded_transformer.loss(model, step).backward()
+            opt.step()
+            model.zero_grad()
+        if handle:
+            handle.remove()
+        return model, opt
+
+    (a, opt_a), (b, opt_b) = run(False), run(True)
+    assert_same(a, b, opt_a, opt_b)
+
+
+def test_capturable_steps_before_it():
+    """Their draw stands on a device."""
+
+    def run(release):
+        model = sharded_transformer.model()
+        opt = make(model, GradDrop(p=0.5), capturable=True)
+        train(model, opt, release=False, steps=3)
+        for group in opt.param_groups:
+            group["capturable"] = False
+        train(model, opt, release)
+        return model, opt
+
+    (a, opt_a), (b, opt_b) = run(False), run(True)
+    assert_same(a, b, opt_a, opt_b)
+    assert opt_b.draw == opt_b.param_groups[0]["draw"] == 3 + STEPS
+
+
 class Partial(nn.Module):
     """Uses one block or the other, one of its weights twice, and one never; the head is tied to the embedding."""
 
@@ -459,10 +502,11 @@ def test_a_second_backward():
 
 def test_between_backward_and_step():
     model = sharded_transformer.model()
-    opt = make(model, GradDrop(p=0.5))
+    opt = ADAMW(model.named_parameters(), drop=GradDropEpoch(p=0.5))
+    opt.set_epoch(0)
     handle = release_gradients(model, opt)
     sharded_transformer.loss(model, 0).backward()
-    for call in (opt.state_dict, handle.remove):
+    for call in (opt.state_dict, handle.remove, partial(opt.set_epoch, 1)):
         with pytest.raises(RuntimeError, match="must not come between a backward pass and optimizer.step"):
             call()
     with pytest.raises(RuntimeError, match=r"SGD.step\(\) has parameters whose gradients were released by .*remove"):

@@ -416,6 +416,29 @@ def test_a_policy_that_changes_between_steps():
     compare(POLICIES["drawn"], train=train_changing)
 
 
+@pytest.mark.parametrize("other", [GradDrop(p=0.5), None])
+def test_policies_that_all_drop_no_rows_any_more(other):
+    def train_changing(model, opt):
+        for drop in (POLICIES["drawn"], other, POLICIES["held"]):
+            for group in opt.param_groups:
+                group["drop"] = drop
+            train(model, opt, steps=2)
+
+    compare(POLICIES["drawn"], train=train_changing)
+
+
+def test_capturable_that_is_set_later():
+    """By hand or by a checkpoint. Only the device knows the draw then: all rows are computed until it is off again."""
+
+    def train_changing(model, opt):
+        for capturable in (False, True, False):
+            for group in opt.param_groups:
+                group["capturable"] = capturable
+            train(model, opt, steps=3)
+
+    compare(POLICIES["drawn"], train=train_changing)
+
+
 def test_a_weight_that_grows():
     """As a vocabulary does, in the memory of the same parameter."""
     weight = nn.Parameter(torch.zeros(3, 2))
