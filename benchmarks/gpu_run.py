@@ -278,4 +278,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end it so is to interrupt it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # stages would inherit that a shell's background is deaf
     sys.exit(main())

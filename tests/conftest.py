@@ -1,6 +1,7 @@
-"""Hypothesis profiles, the reasons for which `gpu` and `nightly` tests skip, and parts of a run."""
+"""Hypothesis profiles, the reasons for which `gpu` and `nightly` tests skip, parts of a run, and a fixture."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -15,6 +16,14 @@ if "GRADDROP_FUZZ" in os.environ:  # GRADDROP_FUZZ=10000 pytest ...: that many r
         "fuzz", max_examples=int(os.environ["GRADDROP_FUZZ"]), deadline=None, print_blob=True
     )
     hypothesis.settings.load_profile("fuzz")
+
+
+@pytest.fixture
+def ctrl_c_is_heard():
+    """Here and in new processes: a shell starts what it puts into the background deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_collection_modifyitems(items):

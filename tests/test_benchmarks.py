@@ -132,7 +132,7 @@ def test_without_a_gpu_the_suite_says_so_in_one_line(monkeypatch, capsys):
     assert printed.out == "" and printed.err.startswith("nothing to time: ") and printed.err.count("\n") == 1
 
 
-def test_an_interrupted_suite_waits_for_what_pytest_writes():
+def test_an_interrupted_suite_waits_for_what_pytest_writes(ctrl_c_is_heard):
     child = """
 import sys, time
 try:

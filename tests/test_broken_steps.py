@@ -229,14 +229,6 @@ def test_packed_masks_that_are_broken_off_are_drawn_anew(monkeypatch):
     assert same(*twins)
 
 
-@pytest.fixture
-def ctrl_c_is_heard():
-    """A shell starts what it puts into the background deaf to it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_waits_for_the_end_of_the_step(monkeypatch, ctrl_c_is_heard):
     twins = []
     for interrupted in (False, True):

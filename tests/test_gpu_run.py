@@ -77,7 +77,7 @@ def test_a_stage_that_fails_or_hangs_does_not_keep_the_others_from_running(tmp_p
 
 
 @pytest.mark.parametrize("ends", ["interrupted", "leaves a process behind", "prints what is no text"])
-def test_nothing_of_a_stage_goes_on_after_it(tmp_path, ends):
+def test_nothing_of_a_stage_goes_on_after_it(tmp_path, ends, ctrl_c_is_heard):
     sleep = "import subprocess, sys; s = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
     code = {
         "interrupted": sleep + "print('begun', flush=True); s.wait()",
