@@ -299,11 +299,12 @@ class _Draws:
             self._masks, self._groups = _RowMasks(asked, [block_of(groups[m.group], m.param) for m in asked]), of_groups
             self._drawn_with = ()
         self._freezes = {id(m.param) for m in self._masks.members if effect_of(groups[m.group]) == Effect.FREEZE}
+        by_rows = {m.group for m in self._masks.members}
         dropping = {
             g: (word, row.lo, row.span)
             for g, (row, word) in enumerate(rows_at(groups, Layers.of(groups), clock, clock.next_draw()))
             if row.mask == Mask.BLOCK
-            and _drops_rows(groups[g])
+            and g in by_rows
             and _masks_gradients(groups[g])
             and not self._optimizer._capturable()
         }

@@ -427,6 +427,22 @@ def test_policies_that_all_drop_no_rows_any_more(other):
     compare(POLICIES["drawn"], train=train_changing)
 
 
+def test_rows_of_parameters_that_are_no_weights():
+    """Only biases and norms have a policy of rows any more."""
+
+    def in_two(named, drop, **options):
+        named = list(named)
+        matrices, others = ([pair for pair in named if (pair[1].dim() == 2) is wanted] for wanted in (True, False))
+        return ADAMW([{"params": matrices, "drop": drop}, {"params": others}], **options)
+
+    def train_changing(model, opt):
+        train(model, opt, steps=2)
+        opt.param_groups[0]["drop"], opt.param_groups[1]["drop"] = None, POLICIES["drawn"]
+        train(model, opt, steps=2)
+
+    compare(POLICIES["drawn"], train=train_changing, optimizer=in_two)
+
+
 def test_capturable_that_is_set_later():
     """By hand or by a checkpoint. Only the device knows the draw then: all rows are computed until it is off again."""
 
