@@ -200,6 +200,7 @@ def _check_plain(g: int, name: str, value: Any, known: bool) -> None:
     if value.layout is not torch.strided or value.is_meta or validate.expanded(value) or (known and value.numel() != 1):
         wanted = "one number" if known else "a dense tensor with memory of its own"
         raise ValueError(f"the checkpoint's {name} of group {g} must be {wanted}, got {shown(value)}")
+    validate.whole_memory(f"the checkpoint's {name} of group {g}", value)
 
 
 def _entry(index: Any, entry: Any, param: Tensor, rule: Rule, active_state: bool) -> dict[str, Any]:

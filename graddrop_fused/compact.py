@@ -392,6 +392,8 @@ def check_saved(what: Callable[[str], str], entry: Mapping[str, Any], param: Ten
             state.check_tensor(what(name), entry[name], param)
     counts = entry[ACTIVE]
     integers = counts.dtype in (torch.int32, torch.int64) and counts.layout is torch.strided and not counts.is_meta
+    if integers:
+        validate.whole_memory(what(ACTIVE), counts)
     if not integers or place_problem(param, counts) is not None or bool((local(counts) < 0).any()):
         raise ValueError(f"{what(ACTIVE)} must hold step counts of at least 0, int32, got {shown(counts)}")
 

@@ -667,12 +667,17 @@ def test_state_whose_storage_is_gone():
         opt.step()
 
 
+@pytest.mark.parametrize("as_dtensor", [False, True])
 @pytest.mark.parametrize("name", ["step", "active", "exp_avg"])
-def test_a_checkpoint_whose_storage_is_gone(name):
+def test_a_checkpoint_whose_storage_is_gone(name, as_dtensor):
     params = named()
     opt = optimizer(RULES["AdamW"][0], params, BLOCKS["toggle"])
     run(opt, params, range(2))
     saved = copy.deepcopy(opt.state_dict())
+    if as_dtensor:  # as a DTensor's state is saved
+        like = partial(torch.ones_like, next(iter(params.values())))
+        moments = {"exp_avg": like(), "exp_avg_sq": like()}
+        saved["state"][0] = {"step": torch.tensor(2.0), "active": like(dtype=torch.int32), **moments}
     saved["state"][0][name].untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=f"the checkpoint's {name} of parameter 0 must have memory"):
         opt.load_state_dict(saved)

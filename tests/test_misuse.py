@@ -612,6 +612,11 @@ def test_older_torch_checkpoints_lack_options():
     assert optimizer.draw == 1
 
 
+def without_memory(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 WRONG_VALUES = {
     "step -1": lambda s: s["state"][0].update(step=torch.tensor(-1.0)),
     "step nan": lambda s: s["state"][0].update(step=torch.tensor(float("nan"))),
@@ -633,6 +638,7 @@ WRONG_VALUES = {
     "no mask stream": lambda s: s["param_groups"][0].pop("mask_stream"),
     "betas": lambda s: s["param_groups"][0].update(betas=(0.9, 2.0)),
     "lr": lambda s: s["param_groups"][0].update(lr="fast"),
+    "lr without memory": lambda s: s["param_groups"][0].update(lr=without_memory(torch.tensor(0.1))),
     "params": lambda s: s["param_groups"][0].update(params=5),
     "state": lambda s: s.update(state=[1]),
 }
