@@ -299,8 +299,10 @@ def _innermost(optimizer: Any) -> Optimizer:
 
 def inside_wrappers(source: Any) -> Any:
     """What stands inside wrappers of optimizers such as Accelerate's; ``source`` itself if it is none."""
-    while isinstance(getattr(source, "optimizer", None), Optimizer):
-        source = source.optimizer
+    while isinstance(inner := getattr(source, "optimizer", None), Optimizer):
+        if isinstance(source, MaskedOptimizer) and not isinstance(inner, MaskedOptimizer):
+            break  # it has another one as its own; Lightning's wrapper of a masked optimizer is of its class, too
+        source = inner
     return source
 
 

@@ -64,10 +64,8 @@ def skip_dropped_layers(model: nn.Module, optimizer: Optimizer) -> "SkippedLayer
 
 def unwrap(optimizer: Optimizer) -> MaskedOptimizer:
     """The masked optimizer inside Accelerate's and Lightning's wrappers. Raises TypeError if there is none."""
-    inner = inside_wrappers(optimizer)  # first: Lightning's wrapper is of a masked optimizer's class itself
+    inner = inside_wrappers(optimizer)
     if not isinstance(inner, MaskedOptimizer):
-        if isinstance(optimizer, MaskedOptimizer):
-            return optimizer  # a subclass that has another one as its own
         inside = "" if inner is optimizer else f" around {type(inner).__name__}"
         raise TypeError(
             "optimizer must be a masked optimizer such as GradDropAdamW, or a wrapper around one, got "

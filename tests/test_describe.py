@@ -1,6 +1,7 @@
 """describe(): the table against keep_mask, which draws the masks themselves."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,6 +169,10 @@ def test_a_masked_optimizer_that_has_another_one(model):
     optimizer = GradDropAdamW(param_groups(model, drop=GradDrop(0.5)))
     optimizer.optimizer = torch.optim.SGD([torch.ones(3)])
     assert log_values(optimizer)["graddrop_p"] == 0.5
+    wrapped = SimpleNamespace(optimizer=optimizer)
+    assert str(describe(optimizer)) == str(describe(wrapped)) and log_values(wrapped) == log_values(optimizer)
+    with pytest.raises(TypeError, match="must not be a GradDropAdamW"):
+        attach(optimizer, drop=GradDrop(0.5))
 
 
 @dataclass(frozen=True)
