@@ -7,6 +7,7 @@ python -m benchmarks -k "peers"     # any option of pytest
 """
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -55,12 +56,12 @@ def main() -> int:
 
 
 def _run(command: list, environment: dict[str, str]) -> int:
-    """The command's exit status. An interrupt reaches pytest as well, which then writes what it has."""
+    """The command's exit status, or the number of the signal that ended it. An interrupt reaches pytest as well, which
+    then writes what it has."""
     with subprocess.Popen(command, env=environment) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            return process.wait()
+        with contextlib.suppress(KeyboardInterrupt):
+            process.wait()
+        return abs(process.wait())
 
 
 if __name__ == "__main__":

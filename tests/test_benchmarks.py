@@ -155,6 +155,10 @@ except KeyboardInterrupt:
         assert process.communicate(timeout=50)[0] == "written\n2\n"
 
 
+def test_a_suite_that_crashes_has_failed():
+    assert suite._run([sys.executable, "-c", "import os; os.abort()"], os.environ) == signal.SIGABRT
+
+
 @needs_op
 def test_sweeps_that_are_none_leave_earlier_results(tmp_path, monkeypatch, capsys):
     (tmp_path / "1.json").write_text("{}")
