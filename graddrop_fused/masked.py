@@ -100,7 +100,7 @@ class MaskedOptimizer(Optimizer):
                 ValueError: on what is no epoch.
         """
         if self._inside_backward is not None and epoch != self._clock.epoch:
-            self._inside_backward.check_whole("set_epoch()")
+            self._inside_backward.before_epoch()
         self._clock.set_epoch(epoch)
         self._show_clock()
         for numbers in self._device_numbers.values():
@@ -541,6 +541,9 @@ class InsideBackward(Protocol):
 
     def check_whole(self, what: str) -> None:
         """Raises RuntimeError, naming ``what``, if a step has begun and not ended."""
+
+    def before_epoch(self) -> None:
+        """The epoch is about to change. Raises RuntimeError in the middle of a step."""
 
 
 class UninterruptedByKeyboard:

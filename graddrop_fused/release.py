@@ -252,6 +252,11 @@ class ReleasedGradients:
                 "the step is done already. Call step() first"
             )
 
+    def before_epoch(self) -> None:
+        """Raises RuntimeError in the middle of a step, but not of one whose loop was interrupted: another has begun."""
+        if self._in_its_loop():
+            self.check_whole("set_epoch()")
+
     def _split(self) -> None:
         """Sort the optimizer's parameters into parts, and watch those of the model."""
         names = {p: name for name, p in self._model.named_parameters()}
@@ -306,7 +311,8 @@ def _check(model: nn.Module, given: Any, optimizer: MaskedOptimizer) -> None:
     params = set(model.parameters())
     if not any(p in params for p in held):
         raise ValueError(f"optimizer must hold parameters of the model, got one with none of {type(model).__name__}'s")
-    if optimizer._inside_backward is not None:
+    already = optimizer._inside_backward
+    if isinstance(already, ReleasedGradients) and already._in_its_loop():
         raise ValueError("optimizer must not release gradients already: call the other handle's remove() first")
     for hook in (hook for p in held if p in params for hook in (p._post_accumulate_grad_hooks or {}).values()):
         other = getattr(hook, "__self__", None)

@@ -1,6 +1,7 @@
 """release_gradients: the same trajectory, bit for bit, with the gradients of one layer alive at a time."""
 
 import copy
+import sys
 import weakref
 from functools import partial
 
@@ -27,6 +28,7 @@ from graddrop_fused import (
     release_gradients,
     skip_dropped_layers,
 )
+from graddrop_fused.release import ReleasedGradients
 from graddrop_fused.trainer import GradDropCallback, graddrop_optimizer
 
 STEPS = 6
@@ -468,6 +470,20 @@ def test_an_interrupted_trainer_releases_no_more(tmp_path):
         assert all(p.grad is not None for p in run.model.parameters())
     other.step()
     release_gradients(run.model, GradDropAdamW(run.model.named_parameters(), lr=1e-3)).remove()  # nor is in the way
+
+
+def test_a_loop_that_ended_in_the_middle_of_a_step_is_not_in_the_way():
+    model = sharded_transformer.model()
+    opt = ADAMW(model.named_parameters(), drop=GradDropEpoch(p=0.5))
+
+    def loop():
+        opt.set_epoch(0)
+        ReleasedGradients(model, opt, within=sys._getframe())
+        sharded_transformer.loss(model, 0).backward()
+
+    for go_on in (partial(opt.set_epoch, 1), lambda: release_gradients(model, opt).remove()):
+        loop()
+        go_on()
 
 
 # Bad input
