@@ -83,6 +83,7 @@ class SkippedRows:
         self._calls = [_Call(self, module) for module in self.modules]
         self._hooks = [
             optimizer.register_step_post_hook(lambda *_: self._draws.left_out.clear()),
+            optimizer.register_load_state_dict_post_hook(lambda *_: self._draws.forget()),
             register_optimizer_step_pre_hook(self._before_any_step),
         ]
 
@@ -262,6 +263,10 @@ class _Draws:
         if rows is not None:
             self.left_out.add(id(weight))
         return rows, not unread
+
+    def forget(self) -> None:
+        """A checkpoint was loaded, which may bring other names."""
+        self._of_step, self._groups = (), []
 
     def bring_up_to_date(self) -> None:
         """Draw the coming step's rows, if that is not done yet.

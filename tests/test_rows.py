@@ -443,6 +443,20 @@ def test_rows_of_parameters_that_are_no_weights():
     compare(POLICIES["drawn"], train=train_changing, optimizer=in_two)
 
 
+@pytest.mark.parametrize("steps", [1, 3])  # the last backward pass may be of the draw that comes after loading
+def test_a_checkpoint_with_other_names(steps):
+    """Masks go by the checkpoint's names."""
+    saved = make(build(), POLICIES["drawn"]).state_dict()
+    saved["param_groups"][0]["param_names"] = [f"net.{name}" for name in saved["param_groups"][0]["param_names"]]
+
+    def train_loading(model, opt):
+        train(model, opt, steps)
+        opt.load_state_dict(saved)
+        train(model, opt)
+
+    compare(POLICIES["drawn"], train=train_loading)
+
+
 def test_capturable_that_is_set_later():
     """By hand or by a checkpoint. Only the device knows the draw then: all rows are computed until it is off again."""
 
