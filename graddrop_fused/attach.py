@@ -245,7 +245,7 @@ class MaskHandle:
         for i in wanted:
             validate.gradient(every[i], every[i].param.grad)
         key: list = [
-            (i, id(m.param), m.param.shape, policy_of(groups[m.group]), groups[m.group]["layer"])
+            (i, id(m.param), m.param.shape, m.stream_id, policy_of(groups[m.group]), groups[m.group]["layer"])
             for i, m in ((i, every[i]) for i in wanted)
         ]
         key.append(torch.is_inference_mode_enabled())  # what is made in it must not be updated outside

@@ -185,6 +185,21 @@ def test_policies_stay_with_their_groups():
     assert opt.param_groups[0]["drop"] == GradDrop(0.2)
 
 
+def test_a_checkpoint_with_other_names():
+    """It brings them to the groups, and masks go by them."""
+    param = nn.Parameter(torch.zeros(40, 25))
+    opt = torch.optim.SGD([("w", param)], lr=1.0)
+    handle = attach(opt, drop=GradDrop(0.5, rescale=False))
+    for name in ("w", "net.w"):
+        saved = opt.state_dict()
+        saved["param_groups"][0]["param_names"] = [name]
+        opt.load_state_dict(saved)
+        expected = handle.keep_mask(param)
+        param.grad = torch.ones_like(param)
+        opt.step()
+        assert torch.equal(param.grad.bool(), expected)
+
+
 @pytest.mark.parametrize(
     "entries, error, message",
     [
