@@ -309,7 +309,7 @@ class _Draws:
         }
         drawn_with = clock.seed, tuple(dropping.items())
         if drawn_with != self._drawn_with:
-            self._rows = self._masks.kept(dropping, clock.seed) if dropping else {}
+            self._rows = self._masks.kept(dropping, clock.seed) if dropping and self._masks.members else {}
             self._drawn_with = drawn_with
 
 

@@ -427,6 +427,22 @@ def test_policies_that_all_drop_no_rows_any_more(other):
     compare(POLICIES["drawn"], train=train_changing)
 
 
+def test_a_policy_of_rows_that_only_other_parameters_keep():
+    """Biases, say: elements of theirs are decided, no rows that could be skipped."""
+
+    def make_groups(named, **options):
+        named = list(named)
+        groups = [[n for n in named if (n[1].dim() > 1) == matrices] for matrices in (True, False)]
+        return ADAMW([{"params": group} for group in groups], **options)
+
+    def train_changing(model, opt):
+        for drop in (POLICIES["drawn"], None, POLICIES["held"]):
+            opt.param_groups[0]["drop"] = drop
+            train(model, opt, steps=2)
+
+    compare(POLICIES["drawn"], train=train_changing, optimizer=make_groups)
+
+
 def test_capturable_that_is_set_later():
     """By hand or by a checkpoint. Only the device knows the draw then: all rows are computed until it is off again."""
 
