@@ -11,6 +11,7 @@ from torch import Tensor
 from . import block_steps, compact, mask_stream, state, validate
 from .checks import check_int, is_int, plain, shown
 from .clock import ENTRIES, Clock
+from .groups import policy_of
 from .names import canonical_name
 from .policies import policy_from_state
 from .rules import Rule
@@ -39,7 +40,8 @@ def pack(groups: Sequence[Mapping[str, Any]], entries: Mapping[Any, Any], clock:
         for param in group["params"]:
             index.setdefault(id(param), len(index))
         values = {name: _plain(name, value) for name, value in group.items() if name not in ("params", "drop")}
-        drop = group["drop"] and group["drop"].to_state()
+        policy = policy_of(group)
+        drop = policy and policy.to_state()
         indices = [index[id(param)] for param in group["params"]]
         packed_groups.append({**values, **of_clock(clock), "drop": drop, "params": indices})
     packed = {index[id(key)] if isinstance(key, Tensor) else key: entry for key, entry in entries.items()}
