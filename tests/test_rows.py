@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from graddrop_fused import (
     GradDrop,
@@ -303,6 +304,35 @@ def test_with_skipped_layers(rows_first):
         for handle in handles:  # the first made goes first: it no longer stands where it was put
             handle.remove()
         train(model, opt, steps=2)
+        return model, opt
+
+    (a, opt_a), (b, opt_b) = run(False), run(True)
+    assert_close(a, b, opt_a, opt_b)
+
+
+@pytest.mark.parametrize("rows_first", [True, False])
+def test_with_skipped_layers_whose_linear_modules_a_checkpoint_calls(rows_first):
+    """A policy of rows gives way to one of layers; the function that is checkpointed is no module."""
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return self[2](checkpoint(lambda x: self[1](self[0](x)).tanh(), x, use_reentrant=False))
+
+    def run(skip):
+        torch.manual_seed(0)
+        model = Checkpointed(*(nn.Linear(5, 5) for _ in range(3))).double()
+        groups = [{"params": list(linear.named_parameters(f"{i}"))} for i, linear in enumerate(model)]
+        groups[2]["drop"] = LayerGradDrop(p=0.5)
+        opt = ADAMW(groups, drop=POLICIES["drawn"], seed=3, effect="freeze")
+        functions = [skip_dropped_rows, skip_dropped_layers] if rows_first else [skip_dropped_layers, skip_dropped_rows]
+        handles = [function(model, opt) for function in functions] if skip else []
+        opt.param_groups[1]["drop"] = LayerGradDrop(p=0.5)
+        for step in range(6):
+            model(torch.full((4, 5), step + 1.0, dtype=torch.float64)).sum().backward()
+            opt.step()
+            opt.zero_grad()
+        for handle in handles:
+            handle.remove()
         return model, opt
 
     (a, opt_a), (b, opt_b) = run(False), run(True)
