@@ -216,9 +216,8 @@ def _entry(index: Any, entry: Any, param: Tensor, rule: Rule, active_state: bool
             entry["step"] = 1.0
     if not entry:
         return {}
-    # SGD's momentum may have been set after the last step
-    later = not type(rule)().states and state.begins(entry, rule)
-    expected = {"step"} if later else {"step", *rule.states}
+    # momentum or amsgrad may have been set after the last step: what they add begins with the next one
+    expected = {"step", *(name for name in rule.states if name in entry or name in type(rule)().states)}
     if compact.is_compact(entry):
         if not active_state:
             raise ValueError(
