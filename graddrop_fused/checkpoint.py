@@ -256,10 +256,7 @@ def _clock(
             raise ValueError(
                 f"the checkpoint's param group {g} has a draw, but lacks {missing[0]!r}; it must have both"
             )
-        merged = {name: saved[name] for name in ENTRIES}
-        if merged["steps_per_epoch"] is None:
-            merged["steps_per_epoch"] = clock.steps_per_epoch
-        return Clock.from_state(merged)
+        return Clock.from_state(saved, clock.steps_per_epoch)
     steps = [torch.as_tensor(entry["step"], device="cpu").reshape(-1).tolist() for entry, _ in entries.values()]
     draw = max((int(step) for of_entry in steps for step in of_entry), default=0)
     check_int("the checkpoint's largest step, which stands in for the draw,", draw, 0, mask_stream.WORD)
