@@ -141,7 +141,7 @@ class MaskHandle:
             )
         loaded = [policy_from_state(saved, policy_of(g)) for saved, g in zip(state["policies"], groups, strict=True)]
         _check([{**group, "drop": policy} for group, policy in zip(groups, loaded, strict=True)])
-        self._clock = Clock.from_state({name: state[name] for name in ENTRIES})
+        self._clock = Clock.from_state(state, self._clock.steps_per_epoch)
         self._own = [replace(of, drop=policy) for of, policy in zip(self._own, loaded, strict=True)]
 
     def remove(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import block_steps, compact, mask_stream, state, validate
 from .checks import check_int, is_int, plain, shown
 from .clock import ENTRIES, Clock
+from .groups import policy_of
 from .names import canonical_name
 from .policies import policy_from_state
 from .rules import Rule
@@ -39,7 +40,8 @@ def pack(groups: Sequence[Mapping[str, Any]], entries: Mapping[Any, Any], clock:
         for param in group["params"]:
             index.setdefault(id(param), len(index))
         values = {name: _plain(name, value) for name, value in group.items() if name not in ("params", "drop")}
-        drop = group["drop"] and group["drop"].to_state()
+        policy = policy_of(group)
+        drop = policy and policy.to_state()
         indices = [index[id(param)] for param in group["params"]]
         packed_groups.append({**values, **of_clock(clock), "drop": drop, "params": indices})
     packed = {index[id(key)] if isinstance(key, Tensor) else key: entry for key, entry in entries.items()}
@@ -215,9 +217,8 @@ def _entry(index: Any, entry: Any, param: Tensor, rule: Rule, active_state: bool
             entry["step"] = 1.0
     if not entry:
         return {}
-    # SGD's momentum may have been set after the last step
-    later = not type(rule)().states and state.begins(entry, rule)
-    expected = {"step"} if later else {"step", *rule.states}
+    # momentum or amsgrad may have been set after the last step: what they add begins with the next one
+    expected = {"step", *(name for name in rule.states if name in entry or name in type(rule)().states)}
     if compact.is_compact(entry):
         if not active_state:
             raise ValueError(
@@ -256,10 +257,7 @@ def _clock(
             raise ValueError(
                 f"the checkpoint's param group {g} has a draw, but lacks {missing[0]!r}; it must have both"
             )
-        merged = {name: saved[name] for name in ENTRIES}
-        if merged["steps_per_epoch"] is None:
-            merged["steps_per_epoch"] = clock.steps_per_epoch
-        return Clock.from_state(merged)
+        return Clock.from_state(saved, clock.steps_per_epoch)
     steps = [torch.as_tensor(entry["step"], device="cpu").reshape(-1).tolist() for entry, _ in entries.values()]
     draw = max((int(step) for of_entry in steps for step in of_entry), default=0)
     check_int("the checkpoint's largest step, which stands in for the draw,", draw, 0, mask_stream.WORD)

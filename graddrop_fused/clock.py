@@ -59,9 +59,13 @@ class Clock:
         return {"seed": self.seed, "draw": self.draw, "epoch": self.epoch, "steps_per_epoch": self.steps_per_epoch}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "Clock":
-        """Raises TypeError or ValueError, naming the entry, on values that no clock can have."""
-        clock = cls(state["seed"], state["steps_per_epoch"])
+    def from_state(cls, state: Mapping[str, Any], steps_per_epoch: int | None = None) -> "Clock":
+        """Raises TypeError or ValueError, naming the entry, on values that no clock can have.
+
+        ``steps_per_epoch``: the constructor's, which stays where the state has none.
+        """
+        saved = state["steps_per_epoch"]
+        clock = cls(state["seed"], steps_per_epoch if saved is None else saved)
         check_int("draw", state["draw"], 0, WORD)
         clock.draw = int(state["draw"])
         if state["epoch"] is not None:

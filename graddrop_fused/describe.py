@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from .active_share import active_share, tensors
 from .attach import handle_of, inside_wrappers
+from .groups import effect_of, policy_of
 from .masked import MaskedOptimizer
 from .numbers import row_at
 from .policies import Policy, StaticMask
@@ -122,8 +123,7 @@ def _rows(source: Any) -> Iterator[LayerRow]:
     numbers = {layer: number for number, layer in enumerate(dict.fromkeys(layers))}
     dropped = {id(p) for p in source.dropped_layers()} if _knows_layers(source, groups, epoch) else None
     for group, layer in zip(groups, layers, strict=True):
-        policy: Policy | None = group.get("drop")
-        effect = str(group.get("effect") or getattr(policy, "default_effect", "gradient"))
+        policy, effect = policy_of(group), effect_of(group).name.lower()
         share: float | None = 1.0
         if policy is not None and policy.needs_epoch and epoch is None:
             share = None
@@ -135,7 +135,7 @@ def _rows(source: Any) -> Iterator[LayerRow]:
 
 def _knows_layers(source: Any, groups: Sequence[Group], epoch: int | None) -> bool:
     """Whether ``source`` can say which layers the coming step drops: it refuses where any policy lacks its epoch."""
-    policies = [g["drop"] for g in groups if g.get("drop") is not None]
+    policies = [policy for group in groups if (policy := policy_of(group)) is not None]
     known = epoch is not None or not any(policy.needs_epoch for policy in policies)
     return known and hasattr(source, "dropped_layers") and any(policy.layerwise for policy in policies)
 

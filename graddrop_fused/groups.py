@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import shown
 from .contract import Effect, Shard
 from .names import canonical_name, check_distinct, stream_id
-from .policies import Policy, StaticMask
+from .policies import EFFECTS, Policy, StaticMask
 from .shards import shard_of, whole_shape
 
 Group = dict[str, Any]
@@ -83,7 +84,14 @@ class Layers:
 
 
 def policy_of(group: Mapping[str, Any]) -> Policy | None:
-    return group.get("drop")
+    """Raises TypeError if what stands there, which may have been set just now, is none."""
+    policy = group.get("drop")
+    if policy is not None and not isinstance(policy, Policy):
+        raise TypeError(
+            "drop must be None or a policy such as GradDrop(p=0.1), or policy('graddrop:p=0.1') made from a text, got "
+            f"{shown(policy)}"
+        )
+    return policy
 
 
 def shown_policies(groups: Sequence[Mapping[str, Any]]) -> str:
@@ -92,8 +100,10 @@ def shown_policies(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def effect_of(group: Mapping[str, Any]) -> Effect:
-    """The group's effect; None is its policy's default."""
+    """The group's effect; None is its policy's default. Raises TypeError or ValueError if either cannot be."""
     effect, policy = group.get("effect"), policy_of(group)
+    if effect is not None and (not isinstance(effect, str) or effect not in EFFECTS):
+        raise ValueError(f"effect must be None or one of {', '.join(map(repr, EFFECTS))}, got {shown(effect)}")
     if effect is None:
         effect = "gradient" if policy is None else policy.default_effect
     return Effect[effect.upper()]

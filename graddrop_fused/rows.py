@@ -136,11 +136,11 @@ class _Call(StandIn):
         self.handle = handle
         self.weight = weight = module.weight
         rows_of = partial(handle.rows, weight)
-        self.forward: Callable[[Tensor], Any]
+        self.by_rows: Callable[[Tensor], Any]
         if isinstance(module, nn.Linear):
-            self.forward = lambda x: _ByRows.apply(x, weight, module.bias, rows_of)
+            self.by_rows = lambda x: _ByRows.apply(x, weight, module.bias, rows_of)
         else:
-            self.forward = lambda ids: _EmbeddingByRows.apply(ids, weight, module.padding_idx, rows_of)
+            self.by_rows = lambda ids: _EmbeddingByRows.apply(ids, weight, module.padding_idx, rows_of)
         super().__init__(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,6 +152,11 @@ class _Call(StandIn):
             return self.inner(*args, **kwargs)
         finally:
             del own["forward"]
+
+    def forward(self, x: Tensor) -> Any:
+        # skip_dropped_layers, within us, may have switched the weight off: autograd then saves less, and a checkpoint
+        # that calls the module again must save what its first call did
+        return self.by_rows(x) if self.weight.requires_grad else type(self.module).forward(self.module, x)
 
     def _applies(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         weight = self.weight

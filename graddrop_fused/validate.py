@@ -23,7 +23,7 @@ from .groups import (
     static_mask,
 )
 from .names import canonical_name, numbered_block
-from .policies import EFFECTS, Policy, StaticMask, check_policy
+from .policies import Policy, StaticMask, check_policy
 from .rules import Rule
 from .shards import local, place_problem
 
@@ -68,17 +68,12 @@ def _check_lr(lr: Any) -> None:
 
 
 def policy(drop: Any, effect: Any) -> None:
-    if effect is not None and (not isinstance(effect, str) or effect not in EFFECTS):
-        raise ValueError(f"effect must be None or one of {', '.join(map(repr, EFFECTS))}, got {shown(effect)}")
-    if drop is None:
+    of_group = {"drop": drop, "effect": effect}
+    if policy_of(of_group) is None:
+        effect_of(of_group)
         return
-    if not isinstance(drop, Policy):
-        raise TypeError(
-            "drop must be None or a policy such as GradDrop(p=0.1), or policy('graddrop:p=0.1') made from a text, got "
-            f"{shown(drop)}"
-        )
     check_policy(drop)
-    drop.check_effect(effect_of({"drop": drop, "effect": effect}).name.lower())
+    drop.check_effect(effect_of(of_group).name.lower())
     drop.to_state()  # what cannot be saved would fail at the first checkpoint, after the training
 
 

@@ -62,6 +62,20 @@ def test_an_attached_handle_goes_on_and_leaves(make):
     assert all(torch.equal(p, q) for p, q in zip(run(GradDrop(p=0.5), 3), run(GradDrop(p=0.5), 99), strict=True))
 
 
+def test_steps_per_epoch_stays_where_a_loaded_state_has_none():
+    """As in GradDropAdamW: else the epoch would stand still at the one that was told last."""
+    told = attach(torch.optim.SGD([nn.Parameter(torch.ones(33))]), GradDropEpoch(0.5))
+    told.set_epoch(0)
+    param = nn.Parameter(torch.ones(33))
+    opt = torch.optim.SGD([param])
+    handle = attach(opt, GradDropEpoch(0.5), steps_per_epoch=2)
+    handle.load_state_dict(told.state_dict())
+    for epoch in (0, 0, 1, 1):
+        param.grad = torch.ones(33)
+        assert handle.epoch == epoch
+        opt.step()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("drop", [GradDrop(0.5), GradDropEpoch(0.5)], ids=repr)
 def test_gradients_that_come_and_go(backend, drop):

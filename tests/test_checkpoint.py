@@ -136,6 +136,30 @@ def test_an_option_that_is_off_when_it_is_saved_and_on_again_later(option, activ
     resumed.load_state_dict(run(theirs(torchs.items()), torchs, range(2)))
 
 
+@pytest.mark.parametrize("active_state", [False, True])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_that_is_set_between_the_last_step_and_the_checkpoint(option, active_state):
+    """The state that it adds begins with the next step, loaded or not."""
+    ours, _, on = OPTIONS[option]
+    rows = {"drop": GradDropEpoch(0.5, block="row"), "steps_per_epoch": 9, "effect": "freeze", "active_state": True}
+
+    def run(loaded):
+        params = parameters()
+        opt = ours(params.items(), **(rows if active_state else {}))
+        for step in range(4):
+            if step == 2:
+                opt.param_groups[0][option] = on
+                if loaded:
+                    saved, opt = opt.state_dict(), ours(params.items(), **(rows if active_state else {}))
+                    opt.load_state_dict(saved)
+            give_gradients(params, step)
+            opt.step()
+        return params
+
+    whole, resumed = run(False), run(True)
+    assert all(torch.equal(resumed[name], whole[name]) for name in SHAPES)
+
+
 def test_moments_of_another_dtype_survive_loading():
     params = parameters(torch.bfloat16)
     opt = GradDropAdamW(params.items(), state_dtype=torch.float32, drop=GradDrop(0.5))

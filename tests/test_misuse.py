@@ -27,9 +27,12 @@ from graddrop_fused import (
     Schedule,
     StaticMask,
     attach,
+    describe,
     keep_mask,
     pack_mask,
     param_groups,
+    skip_dropped_layers,
+    skip_dropped_rows,
 )
 from graddrop_fused.contract import Mask
 from graddrop_fused.masked import MaskedOptimizer
@@ -944,6 +947,45 @@ def test_a_static_mask_is_copied():
     p.grad = torch.ones(3)
     optimizer.step()
     assert (p != 1.0).tolist() == [True, False, True]
+
+
+LOOKS = {
+    "keep_mask": lambda model, opt: opt.keep_mask(model[0].weight),
+    "dropped_layers": lambda model, opt: opt.dropped_layers(),
+    "describe": lambda model, opt: describe(opt),
+    "backward": lambda model, opt: model(torch.ones(1, 3)).sum().backward(),  # skip_dropped_rows
+    "forward": lambda model, opt: model(torch.ones(1, 3)),  # skip_dropped_layers
+    "step": lambda model, opt: opt.step(),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize(
+    "entry, value, message",
+    [
+        ("drop", "graddrop:p=0.5", r"drop must be None or a policy .*, got 'graddrop:p=0.5'"),
+        ("effect", "frozen", "effect must be None or one of 'gradient', 'freeze', 'update', got 'frozen'"),
+    ],
+)
+def test_whoever_looks_first_at_what_was_set_in_a_group_says_what_is_wrong(look, entry, value, message):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    policies = GradDrop(0.5, block="row"), LayerGradDrop(0.5), None
+    groups = [{"params": layer.parameters(), "drop": drop} for layer, drop in zip(model, policies, strict=True)]
+    opt = GradDropSGD(groups, lr=1.0)
+    model(torch.ones(1, 3)).sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with skip_dropped_layers(model, opt) if look in ("forward", "step") else skip_dropped_rows(model, opt):
+        opt.param_groups[2][entry] = value
+        with pytest.raises((TypeError, ValueError), match=message):
+            LOOKS[look](model, opt)
+    assert opt.draw == 0 and all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_checkpoint_of_a_policy_that_is_none_is_refused():
+    opt = GradDropSGD(nn.Linear(3, 3).parameters())
+    opt.param_groups[0]["drop"] = "graddrop:p=0.5"
+    with pytest.raises(TypeError, match="drop must be None or a policy"):
+        opt.state_dict()
 
 
 # attach()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from graddrop_fused import (
     GradDrop,
@@ -309,6 +310,35 @@ def test_with_skipped_layers(rows_first):
     assert_close(a, b, opt_a, opt_b)
 
 
+@pytest.mark.parametrize("rows_first", [True, False])
+def test_with_skipped_layers_whose_linear_modules_a_checkpoint_calls(rows_first):
+    """A policy of rows gives way to one of layers; the function that is checkpointed is no module."""
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return self[2](checkpoint(lambda x: self[1](self[0](x)).tanh(), x, use_reentrant=False))
+
+    def run(skip):
+        torch.manual_seed(0)
+        model = Checkpointed(*(nn.Linear(5, 5) for _ in range(3))).double()
+        groups = [{"params": list(linear.named_parameters(f"{i}"))} for i, linear in enumerate(model)]
+        groups[2]["drop"] = LayerGradDrop(p=0.5)
+        opt = ADAMW(groups, drop=POLICIES["drawn"], seed=3, effect="freeze")
+        functions = [skip_dropped_rows, skip_dropped_layers] if rows_first else [skip_dropped_layers, skip_dropped_rows]
+        handles = [function(model, opt) for function in functions] if skip else []
+        opt.param_groups[1]["drop"] = LayerGradDrop(p=0.5)
+        for step in range(6):
+            model(torch.full((4, 5), step + 1.0, dtype=torch.float64)).sum().backward()
+            opt.step()
+            opt.zero_grad()
+        for handle in handles:
+            handle.remove()
+        return model, opt
+
+    (a, opt_a), (b, opt_b) = run(False), run(True)
+    assert_close(a, b, opt_a, opt_b)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_computes_all_rows(backend):
     torch._dynamo.reset()
@@ -427,22 +457,6 @@ def test_policies_that_all_drop_no_rows_any_more(other):
     compare(POLICIES["drawn"], train=train_changing)
 
 
-def test_rows_of_parameters_that_are_no_weights():
-    """Only biases and norms have a policy of rows any more."""
-
-    def in_two(named, drop, **options):
-        named = list(named)
-        matrices, others = ([pair for pair in named if (pair[1].dim() == 2) is wanted] for wanted in (True, False))
-        return ADAMW([{"params": matrices, "drop": drop}, {"params": others}], **options)
-
-    def train_changing(model, opt):
-        train(model, opt, steps=2)
-        opt.param_groups[0]["drop"], opt.param_groups[1]["drop"] = None, POLICIES["drawn"]
-        train(model, opt, steps=2)
-
-    compare(POLICIES["drawn"], train=train_changing, optimizer=in_two)
-
-
 @pytest.mark.parametrize("steps", [1, 3])  # the last backward pass may be of the draw that comes after loading
 def test_a_checkpoint_with_other_names(steps):
     """Masks go by the checkpoint's names."""
@@ -455,6 +469,22 @@ def test_a_checkpoint_with_other_names(steps):
         train(model, opt)
 
     compare(POLICIES["drawn"], train=train_loading)
+
+
+def test_a_policy_of_rows_that_only_other_parameters_keep():
+    """Biases, say: elements of theirs are decided, no rows that could be skipped."""
+
+    def make_groups(named, **options):
+        named = list(named)
+        groups = [[n for n in named if (n[1].dim() > 1) == matrices] for matrices in (True, False)]
+        return ADAMW([{"params": group} for group in groups], **options)
+
+    def train_changing(model, opt):
+        for drop in (POLICIES["drawn"], None, POLICIES["held"]):
+            opt.param_groups[0]["drop"] = drop
+            train(model, opt, steps=2)
+
+    compare(POLICIES["drawn"], train=train_changing, optimizer=make_groups)
 
 
 def test_capturable_that_is_set_later():
