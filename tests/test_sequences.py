@@ -277,6 +277,8 @@ class Sequences(RuleBasedStateMachine):
 
     @rule(how=st.sampled_from(BROKEN))
     def load_what_is_broken(self, how):
+        if how == "no moments" and self.choices is SGD:
+            return  # taken, as by torch: the momentum may have been set after the last step
         if how == "no moments" and not any(len(entry) > 1 for entry in self.sides.first.opt.state.values()):
             return
         if how == "other shape" and not self.sides.first.opt.state:
