@@ -44,7 +44,9 @@ def prepare(
 
     def launch() -> None:
         for i in range(len(batch.params)):
-            if batch.runs is None:
+            if not batch.params[i].numel():  # nor does its shape matter, which may have changed
+                pass
+            elif batch.runs is None:
                 _update(batch, rule, i, seed, inv_grad_scale)
             else:
                 _update_runs(batch, batch.runs, rule, i, seed, inv_grad_scale)

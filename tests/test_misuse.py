@@ -188,6 +188,17 @@ def test_common_elements_are_found_whatever_lies_between(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_parameter_that_gets_another_shape(backend):
+    empty = nn.Parameter(torch.zeros(0, 0))
+    optimizer = GradDropAdamW([empty], backend=backend)
+    empty.grad = torch.zeros(0, 0)
+    optimizer.step()
+    empty.data = torch.zeros(0, 1)
+    optimizer.step()
+    assert optimizer.draw == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_that_change_at_the_same_address(backend):
     """torch.optim.AdamW keeps its state in the parameter's shape, so a square one may be turned round at any time."""
     ours, theirs = (nn.Parameter(torch.randn(6, 6, generator=torch.Generator().manual_seed(0))) for _ in range(2))
