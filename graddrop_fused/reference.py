@@ -5,6 +5,7 @@ rules.py. Runs on any device, for any dense tensor.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,14 +43,12 @@ def prepare(
         return lambda: None
     inv_grad_scale = 1.0 if grad_scale is None else grad_scale.double().reciprocal().item()
 
+    update_one = partial(_update, batch) if batch.runs is None else partial(_update_runs, batch, batch.runs)
+
     def launch() -> None:
-        for i in range(len(batch.params)):
-            if not batch.params[i].numel():  # nor does its shape matter, which may have changed
-                pass
-            elif batch.runs is None:
-                _update(batch, rule, i, seed, inv_grad_scale)
-            else:
-                _update_runs(batch, batch.runs, rule, i, seed, inv_grad_scale)
+        for i, param in enumerate(batch.params):
+            if param.numel():  # an empty one's shape may have changed
+                update_one(rule, i, seed, inv_grad_scale)
             batch.done = i + 1
 
     return launch

@@ -157,8 +157,7 @@ class ReleasedGradients:
         _check_not_capturable(optimizer)
         check_not_capturing()
         key = optimizer._plan_key()
-        held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-        if not self._part_of or key != self._key or held != self._held:
+        if not self._part_of or key != self._key or self._ids() != self._held:
             optimizer._clear()  # also of the plan and the draw that steps before the releasing have left
             self._split()
             self._key = key
@@ -257,11 +256,14 @@ class ReleasedGradients:
         if self._in_its_loop():
             self.check_whole("set_epoch()")
 
+    def _ids(self) -> list[int]:
+        return [id(p) for group in self._optimizer.param_groups for p in group["params"]]
+
     def _split(self) -> None:
         """Sort the optimizer's parameters into parts, and watch those of the model."""
         names = {p: name for name, p in self._model.named_parameters()}
         groups = self._optimizer.param_groups
-        self._held = [id(p) for group in groups for p in group["params"]]
+        self._held = self._ids()
         sorted_params: dict[Hashable, list[Tensor]] = {}
         for group in groups:
             for param in group["params"]:
