@@ -6,6 +6,7 @@ One process trains without FSDP. Rank 0 leaves FOLDER/PROCESSES.pt: draw, masks 
 import sys
 import warnings
 
+import ranks
 import sharded_transformer
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -41,6 +42,7 @@ def main(folder: str, processes: int) -> None:
     parameters = [whole(p.detach()) for p in model.parameters()]
     if accelerator.is_main_process:
         torch.save((opt.draw, masks, parameters), f"{folder}/{processes}.pt")
+    ranks.rest()
     accelerator.end_training()
 
 

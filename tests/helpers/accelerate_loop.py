@@ -3,6 +3,7 @@ FOLDER/PROCESSES-RANK.pt there, with its masks and parameters."""
 
 import sys
 
+import ranks
 import sharded_transformer
 import torch
 from accelerate import Accelerator
@@ -32,6 +33,7 @@ def main(folder: str, processes: int) -> None:
         masks.append([opt.keep_mask(p) for p in model.parameters()])
     parameters = [p.detach() for p in model.parameters()]
     torch.save((opt.draw, masks, parameters), f"{folder}/{processes}-{accelerator.process_index}.pt")
+    ranks.rest()
     accelerator.end_training()
 
 

@@ -57,6 +57,14 @@ def run(function: Callable, world: int, *args, timeout: float = 240) -> list[Any
                 receiver.close()
 
 
+def rest() -> None:
+    """For the end of a script under torchrun: lets gloo's threads free what the last backward pass left.
+
+    They need the interpreter for it, and abort the process if it ends first, which barriers do not prevent.
+    """
+    time.sleep(0.5)
+
+
 def _results(waiting: dict, deadline: float) -> list[Any]:
     results: list[Any] = [None] * len(waiting)
     while waiting:

@@ -6,6 +6,7 @@ Every process leaves FOLDER/PROCESSES-RANK.pt there: {way: (draw, epoch, masks, 
 import sys
 import warnings
 
+import ranks
 import torch
 import transformers as hf
 
@@ -82,6 +83,7 @@ def main(folder: str, processes: int) -> None:
         results[way] = opt.draw, opt.epoch, masks, [p.detach() for p in run.model.parameters()]
     torch.save(results, f"{folder}/{processes}-{run.args.process_index}.pt")
     if torch.distributed.is_initialized():
+        ranks.rest()
         torch.distributed.destroy_process_group()
 
 
