@@ -181,11 +181,11 @@ class SGD(Rule):
         self, p: Tensor, g: Tensor, states: Sequence[Tensor], factors: Sequence[float]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         weight_decay, momentum, taken, grad_step, buffer_step = factors
-        g = g + weight_decay * p
+        g = g + _term(weight_decay, p)
         if not states:
             return p - grad_step * g, ()
         m = momentum * states[0] + taken * g
-        return p - (grad_step * g + buffer_step * m), (m,)
+        return p - (_term(grad_step, g) + buffer_step * m), (m,)
 
 
 @dataclass(frozen=True)
@@ -229,6 +229,13 @@ class MaskOnly(Rule):
         self, p: Tensor, g: Tensor, states: Sequence[Tensor], factors: Sequence[float]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         return g, ()
+
+
+def _term(factor: float | Tensor, x: Tensor) -> Tensor | float:
+    """factor * x, or 0 where the factor is 0: torch leaves such terms out, and 0 times infinity is NaN."""
+    if isinstance(factor, Tensor):
+        return torch.where(factor != 0, factor * x, 0.0)
+    return factor * x if factor else 0.0
 
 
 def _check_betas(betas: Any) -> None:

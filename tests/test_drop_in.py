@@ -1,6 +1,7 @@
 """GradDropAdamW as a drop-in: with nothing dropped it is torch.optim.AdamW, whatever surrounds the step."""
 
 import copy
+import math
 import pickle
 import weakref
 from functools import partial
@@ -93,6 +94,26 @@ def test_a_momentum_that_is_set_later_begins_with_the_first_gradient(loaded, opt
             opt.step()
     assert_close(whole, theirs)
     assert_close(blocks, [torch.where(m, p, b) for m, p, b in zip(masks, theirs, begin, strict=True)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
+def test_infinite_parameters_and_gradients_under_sgd(backend, options):
+    """A weight that is -inf on purpose stays so, and an infinite gradient makes the parameter infinite, not NaN."""
+    ours, theirs = parameters(), parameters()
+    for params, opt in (
+        (ours, GradDropSGD(ours, lr=0.1, backend=backend, **options)),
+        (theirs, torch.optim.SGD(theirs, lr=0.1, foreach=False, **options)),
+    ):
+        for p in params:
+            p.data.view(-1)[::5] = -math.inf
+        for step in range(3):
+            set_gradients(params, step)
+            for p in params:
+                p.grad.view(-1)[1::5] = math.inf
+            opt.step()
+    assert not any(p.isnan().any() for p in theirs)
+    assert_close(ours, theirs)
 
 
 def test_groups_scheduler_clipping_and_a_group_added_later():

@@ -107,8 +107,8 @@ void adamw(Real& p, Real g, Real* s, int64_t states, const Real* f) {
 template <class Real>
 void sgd(Real& p, Real g, Real* s, int64_t states, const Real* f) {
   const Real weight_decay = f[0], momentum = f[1], taken = f[2], grad_step = f[3], buffer_step = f[4];
-  g = g + weight_decay * p;
-  Real step = grad_step * g;
+  if (weight_decay != 0) g = g + weight_decay * p;  // terms whose factor is 0 are left out: 0 times infinity is NaN
+  Real step = states == 0 || grad_step != 0 ? grad_step * g : 0;
   if (states == 1) {
     s[0] = momentum * s[0] + taken * g;
     step = step + buffer_step * s[0];

@@ -59,15 +59,17 @@ struct SGD : ShortRule<V> {
   static constexpr int STATES = STATE_COUNT;
 
   F weight_decay, momentum, taken, grad_step, buffer_step;
+  bool decays, looks_ahead;  // terms whose factor is 0 are left out: 0 times infinity is NaN
   GRADDROP_INLINE explicit SGD(const typename V::Real* f)
       : weight_decay(V::set(f[0])), momentum(V::set(f[1])), taken(V::set(f[2])), grad_step(V::set(f[3])),
-        buffer_step(V::set(f[4])) {}
+        buffer_step(V::set(f[4])), decays(f[0] != 0), looks_ahead(f[3] != 0) {}
 
   GRADDROP_INLINE F begin(F p, F g, F* s) const {
-    g = g + weight_decay * p;
+    if (decays) g = g + weight_decay * p;
     if (STATES == 0) return grad_step * g;
     s[0] = momentum * s[0] + taken * g;
-    return grad_step * g + buffer_step * s[0];
+    const F step = buffer_step * s[0];
+    return looks_ahead ? grad_step * g + step : step;
   }
   GRADDROP_INLINE F end(F p, F step) const { return p - step; }
 };

@@ -311,6 +311,11 @@ def _gradients_of_all_kinds() -> list[Case]:
             Case(f"nan-kept-{name}", tuple(replace(s, grad="wild") for s in _all_kinds()), rule=rule)
             for name, rule in RULES.items()
         ),
+        Case(
+            "nan-kept-undecayed",
+            tuple(replace(s, grad="wild", weight_decay=0.0) for s in (*_all_kinds(), *_all_kinds(nesterov=True))),
+            rule=RULES["momentum"],
+        ),
         Case("maximize", _all_kinds(maximize=True) + _all_kinds(maximize=True, effect=Effect.UPDATE)),
         Case("amp-scale", _all_kinds(), grad_scale=1536.0, found_inf=False),
         Case("amp-scale-f16", _all_kinds(maximize=True), F32, F16, F32, grad_scale=128.0),
