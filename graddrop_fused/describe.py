@@ -77,14 +77,15 @@ def describe(source: Optimizer | Sequence[Group] | Any) -> Description:
             epoch 0.
 
     Returns:
-        a :class:`Description`. In a notebook it is shown as a table instead of being printed.
+        a :class:`Description`. Where people type, at Python's prompt or in a notebook, it is not printed as well: they
+        are shown what an expression returns, a notebook's as a table.
 
     Raises:
         TypeError: if ``source`` has no groups, or is an optimizer without masks.
     """
     source = _innermost(source)
     description = Description(_merged(_rows(source)))
-    if "ipykernel" not in sys.modules:
+    if not hasattr(sys, "ps1") and "ipykernel" not in sys.modules:  # else the prompt shows it
         print(description)
     return description
 

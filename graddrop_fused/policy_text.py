@@ -48,10 +48,11 @@ def policy(source: str | Mapping[str, Any] | Policy | None) -> Policy | None:
     if source is None or isinstance(source, Policy):
         return source
     if isinstance(source, Mapping):
-        return _from_mapping("policy", source, _policies())
+        is_none = len(source) == 1 and _is_none(source.get("policy", ""))
+        return None if is_none else _from_mapping("policy", source, _policies())
     if not isinstance(source, str):
         raise TypeError(f"a policy must be a text, a mapping, a Policy or None, got {source!r}")
-    return None if source.strip().lower() == "none" else _parse("policy", source, _policies())
+    return None if _is_none(source) else _parse("policy", source, _policies())
 
 
 def policy_to_text(policy: Policy | None) -> str:
@@ -72,6 +73,11 @@ def _policies() -> dict[str, type]:
 
 def _schedules() -> dict[str, type]:
     return dict(Schedule.registry)
+
+
+def _is_none(name: Any) -> bool:
+    """Also None itself, which a YAML file's null and a JSON file's are."""
+    return str(name).strip().lower() == "none"
 
 
 def _word(name: str) -> str:

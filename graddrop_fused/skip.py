@@ -29,7 +29,8 @@ def skip_dropped_layers(model: nn.Module, optimizer: Optimizer) -> "SkippedLayer
 
     ``requires_grad`` of their parameters is off while a training forward pass of the model, or of any module in it,
     runs, and as it was when the pass has ended, however it ends. The optimizer takes the missing gradient for the zero
-    that its mask would make of it: the trajectory is the same, bit for bit, as without. The layers are those of
+    that its mask would make of it: the trajectory is the same, bit for bit, as without (but for rounding, where torch
+    chooses its kernels by what needs a gradient, as for attention with a learned bias). The layers are those of
     LayerGradDrop and GradFreeze; every other policy needs its gradients, and so does effect="update", whose moments
     take the unmasked gradient.
 

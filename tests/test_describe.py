@@ -1,5 +1,6 @@
 """describe(): the table against keep_mask, which draws the masks themselves."""
 
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -125,6 +126,12 @@ def test_text_and_html(model, capsys):
     assert "GradDrop(p=0.5)" in printed and "anneal" not in printed
     markup = table._repr_html_()
     assert markup.count("<tr>") == len(lines) and "<td>GradDrop(p=0.5)</td>" in markup
+
+
+def test_a_prompt_shows_it_once(model, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    print(repr(describe(param_groups(model, drop=GradDrop(0.5)))))  # as the prompt does
+    assert capsys.readouterr().out.count("active now") == 1
 
 
 def test_handle_of_attach(model):

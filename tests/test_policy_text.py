@@ -149,6 +149,8 @@ def test_a_command_line(capsys):
             LayerGradDrop(anneal=LinearAnneal(epochs=3)),
         ),
         ('{"policy": "gradfreeze", "direction": "bottom-up"}', GradFreeze("bottom-up")),
+        ('{"policy": "none"}', None),
+        ('{"policy": null}', None),
     ],
 )
 def test_a_mapping_of_a_file(source, made):
@@ -160,6 +162,8 @@ def test_errors_in_a_mapping():
         policy({"p": 0.1})
     with pytest.raises(PolicyTextError, match="unexpected keyword argument 'q', in"):
         policy({"policy": "graddrop", "q": 0.1})
+    with pytest.raises(PolicyTextError, match="the policy must be one of graddrop, .* got 'none' in"):
+        policy({"policy": "none", "p": 0.1})
 
 
 def test_a_policy_of_ones_own():
