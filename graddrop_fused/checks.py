@@ -14,21 +14,21 @@ from . import mask_stream
 
 def is_int(value: Any) -> bool:
     """Python's own or numpy's."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return isinstance(value, int | numbers.Integral) and not isinstance(value, bool)  # int first, which is quick
 
 
 def is_number(value: Any) -> bool:
     """Python's own or numpy's."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, float | int | numbers.Real) and not isinstance(value, bool)
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
     """Raises TypeError or ValueError if ``value`` is no integer in [low, high]."""
+    right = is_int(value)
+    if right and low <= value and (high is None or value <= high):
+        return
     wanted = f"an integer of at least {low}" if high is None else f"an integer in [{low}, {high}]"
-    if not is_int(value):
-        raise TypeError(f"{name} must be {wanted}, got {shown(value)}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
+    raise (ValueError if right else TypeError)(f"{name} must be {wanted}, got {shown(value)}")
 
 
 def check_bool(name: str, value: Any) -> None:

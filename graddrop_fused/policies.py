@@ -33,6 +33,7 @@ from .schedules import Schedule
 
 EFFECTS = tuple(effect.name.lower() for effect in Effect)
 MAX_BLOCK = 2**43  # elements that the mask stream has
+_MASKS = tuple(Mask)  # made once: an enum takes long to go through
 
 
 class Row(NamedTuple):
@@ -145,7 +146,7 @@ def row_of(policy: Policy, index: int, layer: int, layers: int) -> Row:
     called = f"{type(policy).__name__}.row({index})"
     if not isinstance(row, Row):
         raise TypeError(f"{called} must be a Row, got {shown(row)}")
-    if row.mask not in tuple(Mask):
+    if row.mask not in _MASKS:
         raise ValueError(f"{called}.mask must be of contract.Mask, {list(Mask)}, got {shown(row.mask)}")
     if row.mask == Mask.LAYER and not policy.layerwise:
         raise ValueError(f"{called}.mask must not be Mask.LAYER of a policy without layerwise = True, got {row}")
