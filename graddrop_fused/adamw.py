@@ -22,7 +22,8 @@ class GradDropAdamW(MaskedOptimizer):
             betas must be numbers.
         capturable: keep step, draw and the mask's numbers on the device (and lr, if it is a tensor there), so that a
             captured graph draws new masks at every replay.
-        fused: True lets GradScaler hand over its scale and its infinities, as torch's fused optimizers do.
+        fused: True lets GradScaler hand over its scale and its infinities, as torch's fused optimizers do. Unlike with
+            torch's, ``.grad`` is only read and stays scaled after the step.
         drop: a mask policy, or None to keep everything.
         seed: 0 <= seed < 2**64. Equal seeds give equal masks, whatever the device or world size.
         steps_per_epoch: optimizer steps in an epoch, for policies that follow epochs; or call :meth:`set_epoch`.

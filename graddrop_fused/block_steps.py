@@ -25,7 +25,7 @@ _DRAWN = frozenset({(Mask.BLOCK, Effect.FREEZE)})  # what the draws' kernel is c
 
 def initial(step: Any, blocks: int, device: torch.device) -> Tensor:
     """The counts of blocks that have all taken ``step`` steps."""
-    count = min(int(step), torch.iinfo(DTYPE).max)
+    count = min(int(step), torch.iinfo(DTYPE).max // 2)  # with room to go on counting
     return torch.full((blocks,), count, dtype=DTYPE, device=device)
 
 

@@ -45,7 +45,8 @@ class Member:
 
 
 def members(groups: Sequence[Mapping[str, Any]], only: Container[int] | None = None) -> list[Member]:
-    """All parameters in order over all groups. Raises ValueError on names with colliding stream ids.
+    """All parameters in order over all groups. Raises ValueError on names with colliding stream ids, and where they
+    are not as many as the parameters.
 
     ``only``: ids of those that are asked for, of groups whose names are known to be distinct.
     """
@@ -53,6 +54,11 @@ def members(groups: Sequence[Mapping[str, Any]], only: Container[int] | None = N
     before = 0
     for g, group in enumerate(groups):
         names = group.get("param_names", [None] * len(group["params"]))
+        if len(names) != len(group["params"]):  # changed by hand
+            raise ValueError(
+                f"param_names of group {g} must have a name for each of its {len(group['params'])} parameters, got "
+                f"{len(names)}: change both lists together, or add a group by add_param_group()"
+            )
         for index, (param, name) in enumerate(zip(group["params"], names, strict=True)):
             if only is None or id(param) in only:
                 number = before + index if name is None else stream_id(name)

@@ -17,6 +17,7 @@ from .cuda_graph import to_device
 from .groups import effect_of
 from .policies import Row
 from .rules import Rule
+from .shards import local
 
 HOST = torch.device("cpu")
 _LEFT_ALONE = Row(Mask.DROP), Effect.FREEZE
@@ -268,7 +269,7 @@ class DeviceTables:
             return self._table
         table = self._table.clone()
         for g, lr in moving.items():
-            table[g, 2] = lr.to(table).reshape(())
+            table[g, 2] = local(lr).to(table).reshape(())  # of a DTensor, whose every rank holds it
         return table
 
 

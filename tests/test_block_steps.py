@@ -186,6 +186,19 @@ class TestStates:
         follow(params, opt, [4])
         assert opt.state[params["flat"]][NAME].tolist() == (4 + mask).tolist()
 
+    def test_a_step_beyond_31_bits_leaves_counts_that_can_go_on(self):
+        """They became negative: bias corrections of a first step, and a checkpoint that nothing loads."""
+        params, opt = ours(GradDropAdamW, {}, DROPS["all"])
+        follow(params, opt, [0])
+        state = opt.state_dict()
+        for entry in state["state"].values():
+            entry["step"] = torch.tensor(2.0**31)
+            entry.pop(NAME, None)
+        opt.load_state_dict(state)
+        follow(params, opt, [1, 2])
+        assert min(opt.state[params["flat"]][NAME].tolist()) > 2**24
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
     def test_there_and_back_through_torch_they_begin_anew(self):
         params, opt = ours(GradDropAdamW, {}, DROPS["blocks"], torch.float32)
         follow(params, opt, range(4))

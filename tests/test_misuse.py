@@ -10,6 +10,7 @@ import warnings
 from collections import namedtuple
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
 import pytest
 import torch
@@ -576,6 +577,23 @@ def test_a_group_that_cannot_be_added_changes_nothing(group, message):
 
 
 # Checkpoints and their hooks
+
+
+@pytest.mark.parametrize("change", ["more", "fewer"])
+def test_parameters_without_their_names_are_refused(change):
+    """As a list of parameters is changed by hand, and that of their names forgotten."""
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = GradDropAdamW([("p", p), ("q", q)], drop=GradDrop(p=0.5))
+    group = optimizer.param_groups[0]
+    group["params"] = [p] if change == "fewer" else [p, q, nn.Parameter(torch.ones(3))]
+    p.grad = torch.ones(3)
+    for act in (optimizer.step, partial(optimizer.keep_mask, p)):
+        with pytest.raises(ValueError, match="param_names of group 0 must have a name for each of its"):
+            act()
+    assert torch.equal(p, torch.ones(3)) and optimizer.draw == 0
+    group["param_names"] = ["p", "q", "r"][: len(group["params"])]
+    optimizer.step()
+    assert optimizer.draw == 1
 
 
 def test_hooks_of_state_dicts_are_called_as_torch_calls_them():

@@ -256,6 +256,30 @@ def a_local_wrapper(rank, world):
         GradDropAdamW([("w", ours)], backend="cpu").step()
 
 
+def test_a_learning_rate_that_is_a_dtensor():
+    ranks.run(a_learning_rate, 1)
+
+
+def a_learning_rate(rank, world):
+    """As code that makes every tensor a DTensor leaves it. Under capturable a step failed."""
+    mesh = init_device_mesh("cpu", (1,))
+    for capturable in (False, True):
+        lr = distribute_tensor(torch.tensor(1e-2), mesh, [Replicate()])
+        ours = nn.Parameter(distribute_tensor(whole()["tall"], mesh, [Shard(0)]))
+        theirs = nn.Parameter(whole()["tall"])
+        opts = [
+            GradDropAdamW([("w", ours)], lr=lr, capturable=capturable),
+            GradDropAdamW([("w", theirs)], lr=torch.tensor(1e-2), capturable=capturable),
+        ]
+        for step in range(2):
+            ours.grad = distribute_tensor(gradient("tall", step), mesh, [Shard(0)])
+            theirs.grad = gradient("tall", step)
+            for opt in opts:
+                opt.step()
+                opt.param_groups[0]["lr"].mul_(0.5)
+        assert torch.equal(ours.to_local(), theirs)
+
+
 def attached_sgd(params):
     opt = torch.optim.SGD(params, lr=1.0)
     return opt, attach(opt, drop=GradDrop(0.5))
