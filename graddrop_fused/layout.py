@@ -86,6 +86,15 @@ def _addresses(tensors: Sequence[Tensor | None], which: Tensor, starts: Tensor) 
     return torch.where(first == 0, 0, first + starts * size)
 
 
+def _check_memory(grads: Sequence[Tensor | None], pointers: Sequence[int]) -> None:
+    """Raises ValueError if the storage of one was freed: address 0 says that there is no gradient."""
+    if all(pointers):
+        return
+    for grad, pointer in zip(grads, pointers, strict=False):  # a batch that is only packed has none
+        if pointer == 0 and grad is not None and grad.numel():
+            raise ValueError(f"a gradient of shape {tuple(grad.shape)} must have memory, but its storage is freed")
+
+
 class LayoutTable:
     """A batch's layout table on the host, kept up to date with the gradients, which may move between two calls."""
 
@@ -102,12 +111,14 @@ class LayoutTable:
         self._strides = [t.stride() for t in described]
         self._contiguous = all([t.is_contiguous() for t in described])
         self._pointers = self.table[:, Layout.GRAD].tolist()
+        _check_memory(batch.grads, self._pointers)
 
     def refresh(self, batch: Batch) -> bool:
-        """Describe the gradients of now. Returns whether anything changed."""
+        """Describe the gradients of now. Returns whether anything changed. Raises ValueError if one has no memory."""
         changed = False
         pointers = [0 if g is None else g.data_ptr() for g in batch.grads]
         if batch.grads and pointers != self._pointers:
+            _check_memory(batch.grads, pointers)
             self._pointers, changed = pointers, True
             if batch.runs is not None:
                 self.table[:, Layout.GRAD] = _addresses(batch.grads, batch.runs.tensors, batch.runs.starts)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import validate
 from .contract import Batch, Effect, Integer, Mask, Real
 from .cuda_graph import to_device
 from .groups import effect_of
@@ -54,10 +55,15 @@ class GroupStep(NamedTuple):
 
 
 def group_step(group: Mapping[str, Any], rule: Rule, row: Row, word: int, effect: Effect | None = None) -> GroupStep:
-    """``effect``: that of the group, where it is known already."""
+    """``effect``: that of the group, where it is known already. Raises TypeError or ValueError, named, if the group has
+    something that is no number where one belongs."""
     sign = -1.0 if group.get("maximize") else 1.0
     effect = effect_of(group) if effect is None else effect
-    return GroupStep(row, word, effect, sign, float(group.get("lr", 0.0)), rule.numbers(group))
+    try:
+        return GroupStep(row, word, effect, sign, float(group.get("lr", 0.0)), rule.numbers(group))
+    except (TypeError, ValueError):  # set by hand in mid-training; what names it is too slow for every step
+        validate.group_numbers(group, rule)
+        raise
 
 
 def runs(indices: Sequence[int]) -> list[slice]:

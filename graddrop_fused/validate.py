@@ -38,8 +38,7 @@ def state_dtype(dtype: torch.dtype | None) -> None:
 
 def group_options(options: Mapping[str, Any], rule_class: type[Rule]) -> None:
     """Hyperparameters of one group (or the defaults of all)."""
-    _check_lr(options["lr"])
-    rule_class.check(options)
+    group_numbers(options, rule_class)
     for name in ("maximize", "capturable", "differentiable"):
         check_bool(name, options.get(name, False))
     if options.get("differentiable"):
@@ -49,6 +48,11 @@ def group_options(options: Mapping[str, Any], rule_class: type[Rule]) -> None:
     policy(options["drop"], options["effect"])
     check_choice("rounding", options.get("rounding", ROUNDINGS[0]), ROUNDINGS)
     layer(options.get("layer"))
+
+
+def group_numbers(options: Mapping[str, Any], rule: type[Rule] | Rule) -> None:
+    _check_lr(options.get("lr", 0.0))
+    rule.check(options)
 
 
 def layer(name: Any) -> None:
