@@ -360,6 +360,11 @@ def test_an_interrupted_run_goes_on(name, xglue_folder, settings, tmp_path, inte
     with pytest.raises(Interruption):
         training.run(task, name, 0, long, CURVES, checkpoints=tmp_path / "cut")
     interrupt(None)
+    with pytest.raises(ValueError, match=r"had other settings \(there, now\): {'lr': \(0.005, 0.01\)}; choose another"):
+        training.run(task, name, 0, replace(long, lr=0.01), CURVES, checkpoints=tmp_path / "cut")
+    partial = tmp_path / "cut" / "checkpoint-99"  # killed while it saved
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
     resumed = training.run(task, name, 0, long, CURVES, checkpoints=tmp_path / "cut")
     assert resumed["resumed"] and not whole["resumed"]
     for key in ("dev", "test", "curve", "masks", "steps", "chosen_epoch"):
