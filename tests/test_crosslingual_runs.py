@@ -600,6 +600,16 @@ def test_masks_shorten_what_steps_add_up_to(monkeypatch):
 # Figures
 
 
+def test_curves_show_the_epochs_that_were_tested(tmp_path, monkeypatch):
+    """A run that goes on with other --seeds or --no-curves has tested some of its epochs only."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    curve = [{"epoch": 1, "dev": {"en": 1.0}, "test": {"en": 40.0}}, {"epoch": 2, "dev": {"en": 2.0}}]
+    assert figures.curves([_result("graddrop", 0, {"en": 50.0}) | {"curve": curve}], tmp_path / "curves.png")
+    (line,) = drawn[0].axes[0].get_lines()
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1], [40.0])
+
+
 def test_the_share_trained_is_of_all_elements():
     layers = {"embeddings": {"trained": 0, "numel": 900, "elements": "0" * 6},
               "head": {"trained": 100, "numel": 100, "elements": "11"}}  # fmt: skip

@@ -103,9 +103,10 @@ def curves(results: list[dict], path: Path) -> bool:
         return False
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for i, (method, runs) in enumerate(_by_method(results).items()):
-        epochs = sorted({point["epoch"] for run in runs for point in run["curve"]})
-        means = [np.mean([average(point["test"]) for run in runs for point in run["curve"] if point["epoch"] == epoch])
-                 for epoch in epochs]  # fmt: skip
+        # one that was interrupted may have been tested in some epochs only
+        points = [point for run in runs for point in run["curve"] if "test" in point]
+        epochs = sorted({point["epoch"] for point in points})
+        means = [np.mean([average(point["test"]) for point in points if point["epoch"] == epoch]) for epoch in epochs]
         axes.plot(epochs, means, marker=MARKERS[i % len(MARKERS)], label=method, color=COLOURS[i % len(COLOURS)])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
