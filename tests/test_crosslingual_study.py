@@ -389,6 +389,16 @@ def test_reports_keep_what_people_wrote(tmp_path):
         reports.write_between(path, "<begin>", "<end>", "text")
 
 
+def test_what_is_downloaded_is_so_before_processes_read_it(tiny, tmp_path, monkeypatch):
+    def fails(name, the_plan):
+        raise ValueError(f"no {name}")
+
+    monkeypatch.setattr(pool, "study_task", fails)
+    monkeypatch.setattr(pool, "execute", lambda run, the_plan: pytest.fail("something ran"))
+    with pytest.raises(ValueError, match="no intents"):
+        pool.work(tiny, tmp_path / "study.jsonl", 1, ["tune"])
+
+
 # What savings do to scores: docs/memory.md
 
 

@@ -12,7 +12,7 @@ from benchmarks import progress
 
 from .. import results
 from .plan import PARTS, Plan, key_of
-from .runs import execute
+from .runs import execute, study_task
 
 
 def read(path: Path, plan: Plan) -> dict[tuple, dict]:
@@ -58,6 +58,7 @@ def _fill(executor: Executor, flying: dict, plan: Plan, done: dict, parts: list[
         if len(flying) >= processes:
             return
         if run.key not in flying.values():
+            study_task(run.task, plan)  # what is to be downloaded is so once, and here, before workers read it
             flying[executor.submit(execute, run, plan)] = run.key
 
 
