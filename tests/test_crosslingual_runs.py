@@ -485,10 +485,29 @@ def test_it_names_what_is_wrong(flags, message, tmp_path, capsys):
 
 def test_what_is_named_twice_runs_once(tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(command, "_run_task", lambda name, wanted, seeds, arguments: ran.append((name, wanted, seeds)))
+    monkeypatch.setattr(command, "_load", lambda name, arguments: name)
+    monkeypatch.setattr(command, "_run_task", lambda task, wanted, seeds, arguments: ran.append((task, wanted, seeds)))
     flags = ["--tasks", "intents,intents", "--methods", "all,fine-tuning", "--seeds", "1,0,1"]
     command.main([*flags, "--out", str(tmp_path)])
-    assert ran == [("intents", list(methods.METHODS), [1, 0])]
+    assert ran == [("intents", list(methods.COMPARED), [1, 0])]
+
+
+def test_a_file_that_is_missing_is_said_before_anything_runs(xglue_folder, model_folder, tmp_path, monkeypatch, capsys):
+    for name in ("qam", "wpr"):
+        write(name, tmp_path / "xglue")
+    (tmp_path / "xglue/WPR/xglue.wpr.zh.test").unlink()
+    monkeypatch.setattr(training, "run", lambda *_, **__: pytest.fail("a task ran"))
+    assert _compare(tmp_path / "xglue", model_folder, tmp_path / "out") == 2
+    assert "xglue.wpr.zh.test: no such file" in capsys.readouterr().err
+
+
+def test_joined_files_of_other_settings_make_no_table(tmp_path, capsys):
+    for lr in (1e-4, 2e-4):
+        found = _result("fine-tuning", int(1e4 * lr), {"en": 50.0}, "qam")
+        results.append(tmp_path / "qam.jsonl", found | {"settings": {"lr": lr}, "examples": {"train": 3}})
+    assert command.main(["--report-only", "--out", str(tmp_path)]) == 2
+    said = "cannot be compared: fine-tuning seed 2 and fine-tuning seed 1 differ in {'lr': (0.0002, 0.0001)}"
+    assert said in capsys.readouterr().err
 
 
 def test_recipes():

@@ -344,6 +344,8 @@ def test_runs_of_another_study_are_refused(run_tiny, tiny, tmp_path, capsys):
     pool.results.append(tmp_path / "study.jsonl", other)
     assert run_tiny() == 2
     assert "ran with lr 0.5, and the search says 0.001" in capsys.readouterr().err
+    assert run_tiny("--report-only") == 2  # joined files' tables are no better
+    assert "ran with lr 0.5, and the search says 0.001" in capsys.readouterr().err
 
 
 def test_a_seed_has_one_arithmetic(tiny, tmp_path):

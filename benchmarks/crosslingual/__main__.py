@@ -145,6 +145,8 @@ def write_report(folder: Path, report: Path, command: str) -> None:
     """The report, tables as CSV, and the figures, from every results file in ``folder``."""
     by_task = {path.stem: list(results.read(path).values()) for path in sorted(folder.glob("*.jsonl"))}
     by_task = {name: runs for name, runs in by_task.items() if runs}
+    for name, runs in by_task.items():
+        results.check_alike(runs, folder / f"{name}.jsonl")
     if not by_task:
         raise ValueError(f"{folder}: no results")
     machines = sorted({run["machine"] for runs in by_task.values() for run in runs})
