@@ -363,9 +363,11 @@ def test_a_seed_has_one_arithmetic(tiny, tmp_path):
     (["--seeds", "0-9"], "seeds must be of the design's 0-1, as in 0-4 or 0,3, got '0-9'"),
     (["--seeds", "x"], "seeds must be of the design's"),
     (["--processes", "0"], "processes must be at least 1, got 0"),
+    (["--choosing", __file__ + ".md"], "must have the lines "),
     (["--report-only"], "no results of fine-tuning and another method on one seed yet"),
 ])  # fmt: skip
-def test_it_says_what_is_wrong(flags, message, run_tiny, capsys):
+def test_it_says_what_is_wrong(flags, message, run_tiny, capsys, monkeypatch):
+    monkeypatch.setattr(pool, "execute", lambda run, the_plan: pytest.fail("something ran"))
     assert run_tiny(*flags) == 2
     assert message in capsys.readouterr().err
 
@@ -402,6 +404,12 @@ def test_what_is_downloaded_is_so_before_processes_read_it(tiny, tmp_path, monke
 
 
 # What savings do to scores: docs/memory.md
+
+
+def test_savings_look_at_their_page_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pool, "work", lambda *_: pytest.fail("something ran"))
+    assert savings.main(["--out", str(tmp_path), "--report", str(tmp_path / "none.md")]) == 2
+    assert "none.md must have the lines" in capsys.readouterr().err
 
 
 def test_savings_in_very_small(tiny, tmp_path, capsys, monkeypatch):
