@@ -311,7 +311,10 @@ def test_what_cannot_run_is_said_before_anything_runs():
         methods.check(methods.METHODS, epochs=1)
     with pytest.raises(ValueError, match="method graddrop cannot run with epochs=2 and p=1.0: p must be"):
         methods.check(["fine-tuning", "graddrop"], epochs=2, p=1.0)
+    with pytest.raises(ValueError, match="all-savings cannot run with clip=1 and accumulation=1: each"):
+        methods.check(["all-savings"], epochs=2, clip=1.0)
     methods.check(methods.METHODS, epochs=2)
+    methods.check(methods.COMPARED, epochs=2, clip=1.0, accumulation=2)  # all of them by XGLUE's recipe
 
 
 def test_models_that_cannot_be_had(xglue_folder, settings, tmp_path):
