@@ -632,6 +632,16 @@ def test_curves_show_the_epochs_that_were_tested(tmp_path, monkeypatch):
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1], [40.0])
 
 
+def test_gains_say_how_many_seeds_each_method_has(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    runs = [_result("fine-tuning", seed, {"en": 50.0}) for seed in (0, 1)]
+    runs += [_result("graddrop", seed, {"en": 51.0}) for seed in (0, 1)] + [_result("skip-update", 0, {"en": 49.0})]
+    assert figures.gains(runs, tmp_path / "gains.png", "fine-tuning")
+    titles = [axes.get_title() for axes in drawn[0].axes[:2]]
+    assert titles == ["graddrop: +1.00 (2 seeds)", "skip-update: -1.00 (1 seed)"]
+
+
 def test_the_share_trained_is_of_all_elements():
     layers = {"embeddings": {"trained": 0, "numel": 900, "elements": "0" * 6},
               "head": {"trained": 100, "numel": 100, "elements": "11"}}  # fmt: skip

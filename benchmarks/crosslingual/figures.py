@@ -150,7 +150,8 @@ def gains(results: list[dict], path: Path, baseline: str) -> bool:
                  error_kw={"linewidth": 0.8})  # fmt: skip
         axes.axhline(0, color="black", linewidth=0.8)
         axes.axhline(gain.mean(), color="grey", linewidth=0.8, linestyle="--")
-        axes.set_title(f"{method}: {gain.mean():+.2f}", fontsize="small")
+        seeds = f"{len(gain)} seed{'s' * (len(gain) > 1)}"
+        axes.set_title(f"{method}: {gain.mean():+.2f} ({seeds})", fontsize="small")
         axes.set_xticks(range(len(tested)), tested, fontsize="x-small")
         axes.tick_params(axis="x", labelbottom=True)  # sharex hides them above the last row
     # one method that fails must not flatten all the others
@@ -158,7 +159,7 @@ def gains(results: list[dict], path: Path, baseline: str) -> bool:
     axes.set_ylim(-limit, limit)
     figure.supylabel(f"gain over {baseline}, points of {results[0]['metric']}", fontsize="small")
     figure.suptitle(
-        f"{results[0]['task']}: gain by language, mean over {len(base)} seeds; error bars: one standard deviation "
+        f"{results[0]['task']}: gain by language, mean over seeds; error bars: one standard deviation "
         f"between seeds, no interval of the mean; dashed and in titles: mean of {len(tested)} languages, English "
         "included; long bars leave the axes",
         fontsize="small",
