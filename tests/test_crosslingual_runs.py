@@ -239,6 +239,13 @@ def test_flags_reach_the_optimizer(model):
     assert [g["effect"] for g in _optimizer("skip-update", model).param_groups][0] == "update"
 
 
+def test_lora_trains_the_new_head_as_a_whole(model):
+    head = {name for group in param_groups(model) if group["layer"] == "head" for name, _ in group["params"]}
+    assert {name.split(".")[-2] for name in head} == {"dense", "classifier"}  # the pooler's is new as well
+    trained = {name for name, p in methods.adapted(model).named_parameters() if p.requires_grad and "lora_" not in name}
+    assert {name.removeprefix("base_model.model.").replace("modules_to_save.default.", "") for name in trained} == head
+
+
 @pytest.mark.parametrize(("targets", "names"), [
     ("attention", {"self.key", "self.value", "output.dense"}),
     ("equation-1", {"self.query", "self.key", "self.value", "output.dense"}),

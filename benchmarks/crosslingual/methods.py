@@ -117,7 +117,7 @@ def adapted(model: nn.Module) -> nn.Module:
         r=LORA_RANK,
         lora_alpha=2 * LORA_RANK,
         target_modules="all-linear",
-        modules_to_save=["classifier"],
+        modules_to_save=["pooler", "classifier", "qa_outputs"],  # of the head, which is new: the pooler, too
         task_type="SEQ_CLS",
     )
     with warnings.catch_warnings():
