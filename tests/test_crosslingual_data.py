@@ -1,6 +1,8 @@
 """Tasks and heads of benchmarks/crosslingual: files in the exact formats, good and broken, and metrics by hand."""
 
 import json
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -348,6 +350,43 @@ def test_intent_sentences_have_no_template_left(intent_task):
     texts = [e.text for part in (intent_task.train, *intent_task.test.values()) for e in part]
     assert all(text.strip() == text and text for text in texts)
     assert not [text for text in texts if set(text) & set("{}<>[]|")]
+
+
+def _packed(arguments, **_):
+    """What pip would download: every language's file says its language."""
+    if arguments[0] == "download":
+        folder = Path(arguments[arguments.index("--dest") + 1])
+        with tarfile.open(folder / "bigbench-1.0.0.tar.gz", "w:gz") as archive:
+            for language in multiemo.LANGUAGES:
+                (folder / "one").write_text(language)
+                archive.add(folder / "one", multiemo._MEMBER.format(language))
+
+
+def test_two_processes_may_download_multiemo_at_once(tmp_path, monkeypatch):
+    """Each moves whole files to their places: here a second one does all of it while the first writes a file."""
+    write_bytes, begun = Path.write_bytes, []
+
+    def write(self, data):
+        write_bytes(self, data)
+        if not begun:
+            begun.append(self)
+            multiemo._download(tmp_path)
+
+    monkeypatch.setattr(multiemo, "_run_pip", _packed)
+    monkeypatch.setattr(Path, "write_bytes", write)
+    multiemo._download(tmp_path)
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {f"{language}.json": language for language in multiemo.LANGUAGES}
+
+
+def test_a_download_that_fails_is_an_error_of_the_task(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("pip download failed")
+
+    monkeypatch.setenv("GRADDROP_DATA", str(tmp_path))
+    monkeypatch.setattr(multiemo, "_run_pip", fails)
+    with pytest.raises(ValueError, match="pip download failed"):
+        tasks.load("multiemo")
 
 
 def test_multiemo_splits_by_row(tmp_path, monkeypatch):

@@ -239,6 +239,13 @@ def test_flags_reach_the_optimizer(model):
     assert [g["effect"] for g in _optimizer("skip-update", model).param_groups][0] == "update"
 
 
+def test_lora_trains_the_new_head_as_a_whole(model):
+    head = {name for group in param_groups(model) if group["layer"] == "head" for name, _ in group["params"]}
+    assert {name.split(".")[-2] for name in head} == {"dense", "classifier"}  # the pooler's is new as well
+    trained = {name for name, p in methods.adapted(model).named_parameters() if p.requires_grad and "lora_" not in name}
+    assert {name.removeprefix("base_model.model.").replace("modules_to_save.default.", "") for name in trained} == head
+
+
 @pytest.mark.parametrize(("targets", "names"), [
     ("attention", {"self.key", "self.value", "output.dense"}),
     ("equation-1", {"self.query", "self.key", "self.value", "output.dense"}),
@@ -311,7 +318,10 @@ def test_what_cannot_run_is_said_before_anything_runs():
         methods.check(methods.METHODS, epochs=1)
     with pytest.raises(ValueError, match="method graddrop cannot run with epochs=2 and p=1.0: p must be"):
         methods.check(["fine-tuning", "graddrop"], epochs=2, p=1.0)
+    with pytest.raises(ValueError, match="all-savings cannot run with clip=1 and accumulation=1: each"):
+        methods.check(["all-savings"], epochs=2, clip=1.0)
     methods.check(methods.METHODS, epochs=2)
+    methods.check(methods.COMPARED, epochs=2, clip=1.0, accumulation=2)  # all of them by XGLUE's recipe
 
 
 def test_models_that_cannot_be_had(xglue_folder, settings, tmp_path):
@@ -360,6 +370,11 @@ def test_an_interrupted_run_goes_on(name, xglue_folder, settings, tmp_path, inte
     with pytest.raises(Interruption):
         training.run(task, name, 0, long, CURVES, checkpoints=tmp_path / "cut")
     interrupt(None)
+    with pytest.raises(ValueError, match=r"had other settings \(there, now\): {'lr': \(0.005, 0.01\)}; choose another"):
+        training.run(task, name, 0, replace(long, lr=0.01), CURVES, checkpoints=tmp_path / "cut")
+    partial = tmp_path / "cut" / "checkpoint-99"  # killed while it saved
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
     resumed = training.run(task, name, 0, long, CURVES, checkpoints=tmp_path / "cut")
     assert resumed["resumed"] and not whole["resumed"]
     for key in ("dev", "test", "curve", "masks", "steps", "chosen_epoch"):
@@ -480,10 +495,29 @@ def test_it_names_what_is_wrong(flags, message, tmp_path, capsys):
 
 def test_what_is_named_twice_runs_once(tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(command, "_run_task", lambda name, wanted, seeds, arguments: ran.append((name, wanted, seeds)))
+    monkeypatch.setattr(command, "_load", lambda name, arguments: name)
+    monkeypatch.setattr(command, "_run_task", lambda task, wanted, seeds, arguments: ran.append((task, wanted, seeds)))
     flags = ["--tasks", "intents,intents", "--methods", "all,fine-tuning", "--seeds", "1,0,1"]
     command.main([*flags, "--out", str(tmp_path)])
-    assert ran == [("intents", list(methods.METHODS), [1, 0])]
+    assert ran == [("intents", list(methods.COMPARED), [1, 0])]
+
+
+def test_a_file_that_is_missing_is_said_before_anything_runs(xglue_folder, model_folder, tmp_path, monkeypatch, capsys):
+    for name in ("qam", "wpr"):
+        write(name, tmp_path / "xglue")
+    (tmp_path / "xglue/WPR/xglue.wpr.zh.test").unlink()
+    monkeypatch.setattr(training, "run", lambda *_, **__: pytest.fail("a task ran"))
+    assert _compare(tmp_path / "xglue", model_folder, tmp_path / "out") == 2
+    assert "xglue.wpr.zh.test: no such file" in capsys.readouterr().err
+
+
+def test_joined_files_of_other_settings_make_no_table(tmp_path, capsys):
+    for lr in (1e-4, 2e-4):
+        found = _result("fine-tuning", int(1e4 * lr), {"en": 50.0}, "qam")
+        results.append(tmp_path / "qam.jsonl", found | {"settings": {"lr": lr}, "examples": {"train": 3}})
+    assert command.main(["--report-only", "--out", str(tmp_path)]) == 2
+    said = "cannot be compared: fine-tuning seed 2 and fine-tuning seed 1 differ in {'lr': (0.0002, 0.0001)}"
+    assert said in capsys.readouterr().err
 
 
 def test_recipes():
@@ -593,6 +627,26 @@ def test_masks_shorten_what_steps_add_up_to(monkeypatch):
 
 
 # Figures
+
+
+def test_curves_show_the_epochs_that_were_tested(tmp_path, monkeypatch):
+    """A run that goes on with other --seeds or --no-curves has tested some of its epochs only."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    curve = [{"epoch": 1, "dev": {"en": 1.0}, "test": {"en": 40.0}}, {"epoch": 2, "dev": {"en": 2.0}}]
+    assert figures.curves([_result("graddrop", 0, {"en": 50.0}) | {"curve": curve}], tmp_path / "curves.png")
+    (line,) = drawn[0].axes[0].get_lines()
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1], [40.0])
+
+
+def test_gains_say_how_many_seeds_each_method_has(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    runs = [_result("fine-tuning", seed, {"en": 50.0}) for seed in (0, 1)]
+    runs += [_result("graddrop", seed, {"en": 51.0}) for seed in (0, 1)] + [_result("skip-update", 0, {"en": 49.0})]
+    assert figures.gains(runs, tmp_path / "gains.png", "fine-tuning")
+    titles = [axes.get_title() for axes in drawn[0].axes[:2]]
+    assert titles == ["graddrop: +1.00 (2 seeds)", "skip-update: -1.00 (1 seed)"]
 
 
 def test_the_share_trained_is_of_all_elements():

@@ -344,6 +344,8 @@ def test_runs_of_another_study_are_refused(run_tiny, tiny, tmp_path, capsys):
     pool.results.append(tmp_path / "study.jsonl", other)
     assert run_tiny() == 2
     assert "ran with lr 0.5, and the search says 0.001" in capsys.readouterr().err
+    assert run_tiny("--report-only") == 2  # joined files' tables are no better
+    assert "ran with lr 0.5, and the search says 0.001" in capsys.readouterr().err
 
 
 def test_a_seed_has_one_arithmetic(tiny, tmp_path):
@@ -361,9 +363,11 @@ def test_a_seed_has_one_arithmetic(tiny, tmp_path):
     (["--seeds", "0-9"], "seeds must be of the design's 0-1, as in 0-4 or 0,3, got '0-9'"),
     (["--seeds", "x"], "seeds must be of the design's"),
     (["--processes", "0"], "processes must be at least 1, got 0"),
+    (["--choosing", __file__ + ".md"], "must have the lines "),
     (["--report-only"], "no results of fine-tuning and another method on one seed yet"),
 ])  # fmt: skip
-def test_it_says_what_is_wrong(flags, message, run_tiny, capsys):
+def test_it_says_what_is_wrong(flags, message, run_tiny, capsys, monkeypatch):
+    monkeypatch.setattr(pool, "execute", lambda run, the_plan: pytest.fail("something ran"))
     assert run_tiny(*flags) == 2
     assert message in capsys.readouterr().err
 
@@ -389,7 +393,23 @@ def test_reports_keep_what_people_wrote(tmp_path):
         reports.write_between(path, "<begin>", "<end>", "text")
 
 
+def test_what_is_downloaded_is_so_before_processes_read_it(tiny, tmp_path, monkeypatch):
+    def fails(name, the_plan):
+        raise ValueError(f"no {name}")
+
+    monkeypatch.setattr(pool, "study_task", fails)
+    monkeypatch.setattr(pool, "execute", lambda run, the_plan: pytest.fail("something ran"))
+    with pytest.raises(ValueError, match="no intents"):
+        pool.work(tiny, tmp_path / "study.jsonl", 1, ["tune"])
+
+
 # What savings do to scores: docs/memory.md
+
+
+def test_savings_look_at_their_page_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pool, "work", lambda *_: pytest.fail("something ran"))
+    assert savings.main(["--out", str(tmp_path), "--report", str(tmp_path / "none.md")]) == 2
+    assert "none.md must have the lines" in capsys.readouterr().err
 
 
 def test_savings_in_very_small(tiny, tmp_path, capsys, monkeypatch):

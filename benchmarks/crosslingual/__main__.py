@@ -20,6 +20,7 @@ from benchmarks import progress
 
 from . import figures, methods, models, paper, recipes, reports, results, tables, tasks, training
 from .methods import METHODS
+from .task import Task
 
 # In a report: the line below which everything is written anew
 RESULTS = "<!-- results: the command below writes all that follows -->"
@@ -38,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--tasks", default="intents", help=f"comma-separated, or all-xglue, of: {', '.join(tasks.TASKS)}")
-    p.add_argument("--methods", default="all", help=f"comma-separated, of: {', '.join(METHODS)} (default: all)")
+    p.add_argument("--methods", default="all", help=f"comma-separated, of: {', '.join(METHODS)}; all: without "
+                   "those that save memory, whose learning rates are others (default: all)")  # fmt: skip
     p.add_argument("--seeds", default="0,1,2", help="comma-separated (default: %(default)s)")
     p.add_argument("--size", default="quick", choices=SIZES, help="of the embedded tasks (default: %(default)s)")
     p.add_argument("--xglue", type=Path, metavar="FOLDER", help="XGLUE's data, xglue_full_dataset")
@@ -76,13 +78,16 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         names = _names("task", arguments.tasks, tasks.TASKS, {"all-xglue": tuple(tasks.xglue.TASKS)})
-        wanted = _names("method", arguments.methods, METHODS, {"all": tuple(METHODS)})
+        wanted = _names("method", arguments.methods, METHODS, {"all": methods.COMPARED})
         seeds = _seeds(arguments.seeds)
         if not arguments.report_only:
             for settings in map(_settings_of(arguments), names):
-                methods.check(wanted, epochs=settings.epochs, p=settings.p, kind=settings.optimizer)
-            for name in names:
-                _run_task(name, wanted, seeds, arguments)
+                methods.check(
+                    wanted, epochs=settings.epochs, p=settings.p, kind=settings.optimizer, clip=settings.clip,
+                    accumulation=settings.accumulation,
+                )  # fmt: skip
+            for task in [_load(name, arguments) for name in names]:  # a last one's missing file is said at once
+                _run_task(task, wanted, seeds, arguments)
         report = arguments.report or arguments.out / "report.md"
         write_report(arguments.out, report, " ".join(sys.argv[1:] if argv is None else argv))
     except ValueError as error:
@@ -110,14 +115,21 @@ def _seeds(text: str) -> list[int]:
         raise ValueError(f"seeds must be comma-separated integers, got {text!r}") from None
 
 
-def _run_task(name: str, wanted: list[str], seeds: list[int], arguments: argparse.Namespace) -> None:
-    settings = _settings_of(arguments)(name)
-    path = arguments.out / f"{name}.jsonl"
-    done = results.read(path)
+def _load(name: str, arguments: argparse.Namespace) -> Task:
+    """The task in its size. Raises ValueError also if there are runs with other settings or examples."""
     given = (arguments.train, arguments.dev, arguments.test)
     size = SIZES[arguments.size].get(name, (None, None, None))
     task = tasks.load(name, arguments.xglue).limited(*(b if a is None else a for a, b in zip(given, size, strict=True)))
-    results.check_comparable(done.values(), task, settings, path)
+    path = arguments.out / f"{name}.jsonl"
+    results.check_comparable(results.read(path).values(), task, _settings_of(arguments)(name), path)
+    return task
+
+
+def _run_task(task: Task, wanted: list[str], seeds: list[int], arguments: argparse.Namespace) -> None:
+    name = task.name
+    settings = _settings_of(arguments)(name)
+    path = arguments.out / f"{name}.jsonl"
+    done = results.read(path)
     runs = [(method, seed) for seed in seeds for method in wanted]  # seed by seed: paired from the beginning
     missing = [run for run in runs if results.key(name, *run) not in done]
     with progress.bar(len(runs), name, "run", len(runs) - len(missing), leave=True) as bar:
@@ -145,6 +157,8 @@ def write_report(folder: Path, report: Path, command: str) -> None:
     """The report, tables as CSV, and the figures, from every results file in ``folder``."""
     by_task = {path.stem: list(results.read(path).values()) for path in sorted(folder.glob("*.jsonl"))}
     by_task = {name: runs for name, runs in by_task.items() if runs}
+    for name, runs in by_task.items():
+        results.check_alike(runs, folder / f"{name}.jsonl")
     if not by_task:
         raise ValueError(f"{folder}: no results")
     machines = sorted({run["machine"] for runs in by_task.values() for run in runs})

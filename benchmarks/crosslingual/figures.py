@@ -103,9 +103,10 @@ def curves(results: list[dict], path: Path) -> bool:
         return False
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for i, (method, runs) in enumerate(_by_method(results).items()):
-        epochs = sorted({point["epoch"] for run in runs for point in run["curve"]})
-        means = [np.mean([average(point["test"]) for run in runs for point in run["curve"] if point["epoch"] == epoch])
-                 for epoch in epochs]  # fmt: skip
+        # one that was interrupted may have been tested in some epochs only
+        points = [point for run in runs for point in run["curve"] if "test" in point]
+        epochs = sorted({point["epoch"] for point in points})
+        means = [np.mean([average(point["test"]) for point in points if point["epoch"] == epoch]) for epoch in epochs]
         axes.plot(epochs, means, marker=MARKERS[i % len(MARKERS)], label=method, color=COLOURS[i % len(COLOURS)])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
@@ -149,7 +150,8 @@ def gains(results: list[dict], path: Path, baseline: str) -> bool:
                  error_kw={"linewidth": 0.8})  # fmt: skip
         axes.axhline(0, color="black", linewidth=0.8)
         axes.axhline(gain.mean(), color="grey", linewidth=0.8, linestyle="--")
-        axes.set_title(f"{method}: {gain.mean():+.2f}", fontsize="small")
+        seeds = f"{len(gain)} seed{'s' * (len(gain) > 1)}"
+        axes.set_title(f"{method}: {gain.mean():+.2f} ({seeds})", fontsize="small")
         axes.set_xticks(range(len(tested)), tested, fontsize="x-small")
         axes.tick_params(axis="x", labelbottom=True)  # sharex hides them above the last row
     # one method that fails must not flatten all the others
@@ -157,7 +159,7 @@ def gains(results: list[dict], path: Path, baseline: str) -> bool:
     axes.set_ylim(-limit, limit)
     figure.supylabel(f"gain over {baseline}, points of {results[0]['metric']}", fontsize="small")
     figure.suptitle(
-        f"{results[0]['task']}: gain by language, mean over {len(base)} seeds; error bars: one standard deviation "
+        f"{results[0]['task']}: gain by language, mean over seeds; error bars: one standard deviation "
         f"between seeds, no interval of the mean; dashed and in titles: mean of {len(tested)} languages, English "
         "included; long bars leave the axes",
         fontsize="small",

@@ -117,7 +117,7 @@ def adapted(model: nn.Module) -> nn.Module:
         r=LORA_RANK,
         lora_alpha=2 * LORA_RANK,
         target_modules="all-linear",
-        modules_to_save=["classifier"],
+        modules_to_save=["pooler", "classifier", "qa_outputs"],  # of the head, which is new: the pooler, too
         task_type="SEQ_CLS",
     )
     with warnings.catch_warnings():
@@ -138,11 +138,24 @@ def optimizer_classes(kind: str) -> tuple[type, type | None]:
     return getattr(torch.optim, plain), getattr(graddrop_fused, masked)
 
 
-def check(names: Iterable[str], *, epochs: int, p: float | None = None, kind: str = "adamw") -> None:
+def check(
+    names: Iterable[str],
+    *,
+    epochs: int,
+    p: float | None = None,
+    kind: str = "adamw",
+    clip: float = 0.0,
+    accumulation: int = 1,
+) -> None:
     """Raises ValueError before anything runs, if a method cannot run with these settings."""
     optimizer_classes(kind)
     for name in names:
         method = METHODS[name]
+        if method.saves and (clip or accumulation > 1):
+            raise ValueError(
+                f"method {name} cannot run with clip={clip:g} and accumulation={accumulation}: each gradient is used "
+                "and freed within backward, so clip must be 0 and accumulation 1"
+            )
         if method.policy is None:
             continue
         try:
@@ -204,6 +217,9 @@ METHODS = {
         Method("unfreezing-bottom-up", unfreezes="bottom-up"),
     )
 }
+
+# What --methods all stands for. The others save memory, and need learning rates of their own: study/savings.py
+COMPARED = tuple(name for name, method in METHODS.items() if not method.saves and not method.adapters)
 
 
 def count_layers(model: nn.Module) -> int:

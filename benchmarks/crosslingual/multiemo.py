@@ -71,19 +71,20 @@ def _rows() -> dict[str, list[int]]:
 
 def _download(folder: Path) -> None:
     print(f"downloading {REQUIREMENT} (358 MB, once) for {folder}", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as temporary:
+    folder.mkdir(parents=True, exist_ok=True)
+    # Within the folder: files are moved there whole, whatever another process does at the same time
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         old_pip = Path(temporary) / "pip"
         _run_pip(["install", "--quiet", "--target", str(old_pip), PIP])
         options = ["--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", temporary]
         _run_pip(["download", "--quiet", *options, REQUIREMENT], PYTHONPATH=str(old_pip))
-        folder.mkdir(parents=True, exist_ok=True)
         members = {_MEMBER.format(language): language for language in LANGUAGES}
         with tarfile.open(next(Path(temporary).glob("bigbench-*"))) as archive:
             for member in archive:  # in the archive's order: looking members up would read it eleven times
                 if member.name in members:
-                    partial = folder / "partial"
+                    partial = Path(temporary) / "partial"
                     partial.write_bytes(archive.extractfile(member).read())
-                    partial.rename(folder / f"{members.pop(member.name)}.json")
+                    partial.replace(folder / f"{members.pop(member.name)}.json")
                 if not members:
                     break
     if members:

@@ -54,11 +54,27 @@ def check_comparable(results: Iterable[dict], task: Task, settings: Settings, pa
     """Raises ValueError if ``path`` holds runs with other settings or examples than those to come."""
     wanted = json.loads(json.dumps(asdict(settings) | {"examples": task.counts()}))
     for result in results:
-        given = {name: value for name, value in result["settings"].items() if name in wanted}
-        given["examples"] = result["examples"]
-        if given != wanted:
-            other = {name: (given.get(name), value) for name, value in wanted.items() if given.get(name) != value}
+        other = _differences({**result["settings"], "examples": result["examples"]}, wanted)
+        if other:
             raise ValueError(
                 f"{path} holds runs that cannot be compared with these (there, now): {other}; "
                 "choose another --out, or the same settings"
             )
+
+
+def check_alike(results: list[dict], path: Path) -> None:
+    """Raises ValueError if ``path`` holds runs of several settings or examples, as where files were joined."""
+    first, *others = results
+    wanted = {**first["settings"], "examples": first["examples"]}
+    for result in others:
+        other = _differences({**result["settings"], "examples": result["examples"]}, wanted)
+        if other:
+            raise ValueError(
+                f"{path} holds runs that cannot be compared: {result['method']} seed {result['seed']} and "
+                f"{first['method']} seed {first['seed']} differ in {other}; leave the lines of one of them out"
+            )
+
+
+def _differences(given: dict, wanted: dict) -> dict:
+    """What is not as ``wanted``: name -> (given, wanted)."""
+    return {name: (given.get(name), value) for name, value in wanted.items() if given.get(name) != value}

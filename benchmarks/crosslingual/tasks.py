@@ -15,10 +15,14 @@ def load(name: str, xglue_folder: Path | None = None) -> Task:
     """The task ``name``.
 
     Raises:
-        ValueError: on an unknown name, a missing folder, or data that cannot be read (naming file and line).
+        ValueError: on an unknown name, a missing folder, a download that fails, or data that cannot be read (naming
+            file and line).
     """
     if name in EMBEDDED:
-        return EMBEDDED[name]()
+        try:
+            return EMBEDDED[name]()
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
     if name not in xglue.TASKS:
         raise ValueError(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
     if xglue_folder is None:

@@ -1,7 +1,9 @@
 """One run: one task, one method, one seed. Trains on English, then scores every language."""
 
+import json
 import platform
 import re
+import shutil
 import tempfile
 import time
 from contextlib import ExitStack
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 import graddrop_fused
@@ -77,7 +80,8 @@ def run(
         {language: classes}}.
 
     Raises:
-        ValueError: if the model cannot be had, or the settings do not fit it or the devices.
+        ValueError: if the model cannot be had, the settings do not fit it or the devices, or ``checkpoints`` are of
+            other settings.
     """
     began, cpu_began = time.perf_counter(), time.process_time()
     method = METHODS[method_name]
@@ -91,6 +95,7 @@ def run(
     with ExitStack() as stack:
         folder = Path(checkpoints or stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
+        last = _last_checkpoint(folder, asdict(settings) | {"examples": task.counts()})
         arguments = _arguments(settings, record, seed, folder, saves=checkpoints is not None)
         model.to(arguments.device)
         schedule = Schedule(settings.epochs, count_layers(model))
@@ -101,7 +106,6 @@ def run(
             data_collator=head.collator(tokenizer),
             callbacks=_callbacks(method, optimizer, schedule, settings, record, arguments),
         )  # fmt: skip
-        last = get_last_checkpoint(folder)
         trainer.train(resume_from_checkpoint=last)
         train_seconds = time.perf_counter() - began
         scored = trainer.final_scores()
@@ -122,6 +126,24 @@ def run(
         "seconds": round(time.perf_counter() - began, 1),
         "cpu_seconds": round(time.process_time() - cpu_began, 1),
     }
+
+
+def _last_checkpoint(folder: Path, wanted: dict) -> str | None:
+    """The last whole checkpoint in ``folder``, which remembers what it is of. Raises ValueError if that differs."""
+    for saved in folder.glob("checkpoint-*"):
+        if not (saved / TRAINER_STATE_NAME).exists():  # its last file: the run ended while it was written
+            shutil.rmtree(saved)
+    last, begun = get_last_checkpoint(folder), folder / "begun.json"
+    there = json.loads(begun.read_text("utf-8")) if last and begun.exists() else wanted
+    if there != wanted:
+        other = {name: (there.get(name), value) for name, value in wanted.items() if there.get(name) != value}
+        raise ValueError(
+            f"{folder} holds a run that was interrupted and had other settings (there, now): {other}; choose another "
+            "--out, or the same settings, or remove that folder"
+        )
+    if last is None:
+        begun.write_text(json.dumps(wanted), encoding="utf-8")
+    return last
 
 
 def average(by_language: dict[str, float]) -> float:

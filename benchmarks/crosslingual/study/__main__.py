@@ -16,7 +16,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from .. import models
+from .. import models, reports
 from . import pool, report
 from .plan import PARTS, Plan, quick
 
@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         mine = plan
         if arguments.seeds is not None:  # what goes on to multiemo depends on all seeds
             mine = replace(plan, seeds=_seeds(arguments.seeds, plan.seeds), best=0)
+        if arguments.choosing:
+            reports.around(arguments.choosing, report.BEGIN, report.END)  # hours before it is written
         done = pool.read(path, plan)
         if arguments.dry_run:
             print(_missing(mine, done, parts))

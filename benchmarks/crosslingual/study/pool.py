@@ -12,16 +12,17 @@ from benchmarks import progress
 
 from .. import results
 from .plan import PARTS, Plan, key_of
-from .runs import execute
+from .runs import execute, study_task
 
 
 def read(path: Path, plan: Plan) -> dict[tuple, dict]:
-    """Key -> result. Raises ValueError if the file holds runs of other sizes than the plan's."""
+    """Key -> result. Raises ValueError if the file holds runs of other sizes or learning rates than the plan's."""
     done = results.read(path, key_of)
     for result in done.values():
         if result["plan"] != plan.settings():
             other = {k: (v, plan.settings().get(k)) for k, v in result["plan"].items() if v != plan.settings().get(k)}
             raise ValueError(f"{path} holds runs of another study (there, now): {other}; choose another --out")
+    _check_rates(plan, done, path)
     return done
 
 
@@ -29,7 +30,6 @@ def work(plan: Plan, path: Path, processes: int, parts: Iterable[str] = PARTS) -
     """Do what is missing of ``parts``, and return all results. Each finished run is a line of ``path`` at once."""
     parts = [*parts]
     done = read(path, plan)
-    _check_rates(plan, done, path)
     _check_arithmetic(plan, done, parts, path)
     with _executor(processes) as executor, _bar(plan, done, parts) as bar:
         flying: dict[Future, tuple] = {}
@@ -58,6 +58,7 @@ def _fill(executor: Executor, flying: dict, plan: Plan, done: dict, parts: list[
         if len(flying) >= processes:
             return
         if run.key not in flying.values():
+            study_task(run.task, plan)  # what is to be downloaded is so once, and here, before workers read it
             flying[executor.submit(execute, run, plan)] = run.key
 
 

@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     planned = replace(plan(), autocast=arguments.bfloat16)
     try:
+        if arguments.report:
+            reports.around(arguments.report, BEGIN, END)  # hours before it is written
         done = pool.work(planned, arguments.out / "savings.jsonl", arguments.processes, ("tune", "first"))
         text = report(planned, done)
     except ValueError as error:
