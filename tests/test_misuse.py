@@ -174,6 +174,40 @@ def test_what_no_longer_fits_is_refused_by_name(change, backend):
         assert torch.equal(p, before[name])
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])  # which crashes, as torch does
+@pytest.mark.parametrize("effect", ["gradient", "freeze"])
+@pytest.mark.parametrize("first", [True, False], ids=["first step", "later"])
+def test_a_gradient_whose_storage_was_freed(first, effect, backend):
+    """Compiled backends are told by address 0 that there is no gradient."""
+    params, optimizer = made(
+        backend, drop=GradDropEpoch(0.5, block=128), effect=effect, active_state=effect == "freeze"
+    )
+    optimizer.set_epoch(0)
+    if not first:
+        optimizer.step()
+    before = everything(params, optimizer)
+    params["a"].grad.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"a gradient of shape \(17, 23\) must have memory, but its storage is freed"):
+        optimizer.step()
+    assert_unchanged(before, params, optimizer)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", None), ("lr", "x"), ("betas", None), ("betas", (0.9,)), ("eps", "x"), ("weight_decay", None)],
+)
+def test_what_is_no_number_in_a_group(name, value, backend, capturable):
+    params, optimizer = made(backend, drop=GradDrop(0.5), capturable=capturable)
+    optimizer.step()
+    before = everything(params, optimizer)
+    optimizer.param_groups[0][name] = value
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must be "):
+        optimizer.step()
+    assert_unchanged(before, params, optimizer)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_common_elements_are_found_whatever_lies_between(backend):
     memory = torch.zeros(100)
