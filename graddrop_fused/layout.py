@@ -91,7 +91,7 @@ def _check_memory(grads: Sequence[Tensor | None], pointers: Sequence[int]) -> No
     if all(pointers):
         return
     for grad, pointer in zip(grads, pointers, strict=False):  # a batch that is only packed has none
-        if pointer == 0 and grad is not None and grad.numel():
+        if pointer == 0 and grad is not None and grad.numel() and grad.untyped_storage().nbytes() == 0:
             raise ValueError(f"a gradient of shape {tuple(grad.shape)} must have memory, but its storage is freed")
 
 
