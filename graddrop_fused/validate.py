@@ -51,6 +51,7 @@ def group_options(options: Mapping[str, Any], rule_class: type[Rule]) -> None:
 
 
 def group_numbers(options: Mapping[str, Any], rule: type[Rule] | Rule) -> None:
+    """The learning rate and the rule's own numbers."""
     _check_lr(options.get("lr", 0.0))
     rule.check(options)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .task import Task
-from .training import Settings
+from .training import Settings, differences
 
 
 def key(task: str, method: str, seed: int) -> tuple[str, str, int]:
@@ -54,7 +54,7 @@ def check_comparable(results: Iterable[dict], task: Task, settings: Settings, pa
     """Raises ValueError if ``path`` holds runs with other settings or examples than those to come."""
     wanted = json.loads(json.dumps(asdict(settings) | {"examples": task.counts()}))
     for result in results:
-        other = _differences({**result["settings"], "examples": result["examples"]}, wanted)
+        other = differences({**result["settings"], "examples": result["examples"]}, wanted)
         if other:
             raise ValueError(
                 f"{path} holds runs that cannot be compared with these (there, now): {other}; "
@@ -67,14 +67,9 @@ def check_alike(results: list[dict], path: Path) -> None:
     first, *others = results
     wanted = {**first["settings"], "examples": first["examples"]}
     for result in others:
-        other = _differences({**result["settings"], "examples": result["examples"]}, wanted)
+        other = differences({**result["settings"], "examples": result["examples"]}, wanted)
         if other:
             raise ValueError(
                 f"{path} holds runs that cannot be compared: {result['method']} seed {result['seed']} and "
                 f"{first['method']} seed {first['seed']} differ in {other}; leave the lines of one of them out"
             )
-
-
-def _differences(given: dict, wanted: dict) -> dict:
-    """What is not as ``wanted``: name -> (given, wanted)."""
-    return {name: (given.get(name), value) for name, value in wanted.items() if given.get(name) != value}

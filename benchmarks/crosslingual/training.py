@@ -128,6 +128,11 @@ def run(
     }
 
 
+def differences(given: dict, wanted: dict) -> dict:
+    """What is not as ``wanted``: name -> (given, wanted)."""
+    return {name: (given.get(name), value) for name, value in wanted.items() if given.get(name) != value}
+
+
 def _last_checkpoint(folder: Path, wanted: dict) -> str | None:
     """The last whole checkpoint in ``folder``, which remembers what it is of. Raises ValueError if that differs."""
     for saved in folder.glob("checkpoint-*"):
@@ -135,8 +140,8 @@ def _last_checkpoint(folder: Path, wanted: dict) -> str | None:
             shutil.rmtree(saved)
     last, begun = get_last_checkpoint(folder), folder / "begun.json"
     there = json.loads(begun.read_text("utf-8")) if last and begun.exists() else wanted
-    if there != wanted:
-        other = {name: (there.get(name), value) for name, value in wanted.items() if there.get(name) != value}
+    other = differences(there, wanted)
+    if other:
         raise ValueError(
             f"{folder} holds a run that was interrupted and had other settings (there, now): {other}; choose another "
             "--out, or the same settings, or remove that folder"

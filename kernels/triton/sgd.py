@@ -8,7 +8,8 @@ import triton.language as tl
 def update(p, g, states, factors):
     """New p and new states from the old ones and the masked gradient."""
     weight_decay, momentum, taken, grad_step, buffer_step = factors
-    g = tl.where(weight_decay != 0, g + weight_decay * p, g)  # terms whose factor is 0 are left out: 0 times infinity
+    # terms whose factor is 0 are left out: 0 times infinity is NaN
+    g = tl.where(weight_decay != 0, g + weight_decay * p, g)
     if len(states) == 0:
         return p - grad_step * g, ()
     else:
